@@ -1,0 +1,218 @@
+"""MNIST, or any 28x28 IDX files, as two tensors (uint8 images, labels) that live on the device; the batch of a step.
+
+Each file is verified before it is used: header and size always, the MD5 of the unpacked file where it is known.
+A missing MNIST is downloaded; what arrives takes its place only once it is verified.
+"""
+
+import contextlib
+import gzip
+import hashlib
+import io
+import os
+import socket
+import ssl
+import struct
+import tempfile
+import zlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from http.client import HTTPException
+from pathlib import Path
+from urllib.error import URLError
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from config import Config, UserError
+from runtime import Runtime, generator
+
+FILES = {"train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
+         "test": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")}
+MNIST_MD5 = {"train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
+             "train-labels-idx1-ubyte": "a25bea736e30d166cdddb491f175f624",
+             "t10k-images-idx3-ubyte": "2646ac647ad5339dbf082846283269ea",
+             "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637"}
+KINDS = {0x803: "images", 0x801: "labels"}  # the first four bytes of an IDX file
+SIZE, CLASSES = 28, 10
+MAX_IMAGES = 1_000_000  # so that a header, or a small .gz file, can't ask for all the memory there is
+TIMEOUT = 20.0  # seconds without an answer after which a download gives up
+ORDER_STREAM = 5  # of random numbers; train.py and sample.py own 1 to 4
+
+
+@dataclass(frozen=True)
+class Digits:
+    """Images and their labels, at the same place in both."""
+
+    images: Tensor  # uint8 [N, 1, 28, 28]
+    labels: Tensor  # int64 [N], 0 to 9
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def to(self, device: torch.device | str) -> "Digits":
+        return Digits(self.images.to(device), self.labels.to(device))
+
+
+def load(config: Config, split: str) -> Digits:
+    """The split, "train" or "test", of the data set that config means; raises UserError."""
+    return {"mnist": load_mnist, "idx": load_idx}[config.dataset](config.data_dir, split)
+
+
+def load_shared(config: Config, split: str, runtime: Runtime) -> Digits:
+    """`load` in every process, on its device; the first process goes ahead, since it may have to download."""
+    ahead: list[Digits] = []
+    runtime.only_first(lambda: ahead.append(load(config, split)))
+    return (ahead[0] if ahead else load(config, split)).to(runtime.device)
+
+
+def load_mnist(root: Path, split: str) -> Digits:
+    """The MNIST of root/mnist/MNIST/raw, known by its MD5s, downloaded if it is not there; raises UserError."""
+    folder = _mnist_folder(root)
+    if any(_find(folder, name) is None for name in FILES[split]):
+        download_mnist(root)
+    return _read_split(folder, split, MNIST_MD5, "delete it to have it downloaded again, or replace it")
+
+
+def load_idx(folder: Path, split: str) -> Digits:
+    """Any four IDX files with MNIST's names (.gz too) and up to 10 classes, in folder or in its MNIST/raw; raises UserError."""
+    folder = Path(folder)
+    nested = folder / "MNIST" / "raw"
+    found = nested if _find(folder, FILES[split][0]) is None and _find(nested, FILES[split][0]) is not None else folder
+    return _read_split(found, split, {}, "replace it, or choose another --data-dir")
+
+
+def _mnist_folder(root: Path) -> Path:
+    return Path(root) / "mnist" / "MNIST" / "raw"
+
+
+def _find(folder: Path, name: str) -> Path | None:
+    try:
+        return next((path for path in (folder / name, folder / f"{name}.gz") if path.is_file()), None)
+    except OSError as error:
+        raise UserError(f"{folder}: can't be read ({error.strerror}); make it readable, or choose another --data-dir") from None
+
+
+def _read_split(folder: Path, split: str, digests: Mapping[str, str], advice: str) -> Digits:
+    images, labels = (_read_idx(folder, name, digests, advice) for name in FILES[split])
+    if len(images) != len(labels):
+        raise UserError(f"{folder}: {FILES[split][0]} holds {len(images):,} images, but {FILES[split][1]} {len(labels):,} labels; "
+                        "use two files that belong together")
+    if labels.max() >= CLASSES:
+        at = int(np.argmax(labels >= CLASSES))
+        raise UserError(f"{folder / FILES[split][1]}: label {labels[at]} of image {at}; only {CLASSES} classes, 0 to 9, are possible: "
+                        "renumber them, or choose another data set")
+    return Digits(torch.from_numpy(images).view(-1, 1, SIZE, SIZE), torch.from_numpy(labels.astype(np.int64)))
+
+
+def _read_idx(folder: Path, name: str, digests: Mapping[str, str], advice: str) -> NDArray[np.uint8]:
+    """Images uint8 [N, 28, 28] or labels uint8 [N] of one IDX file; raises UserError unless all of it is as it has to be."""
+    path = _find(folder, name)
+    if path is None:
+        raise UserError(f"{folder / name}: there is no such file; put {', '.join(FILES['train'] + FILES['test'])} into that "
+                        "folder, or choose another --data-dir")
+
+    def bad(problem: str) -> UserError:
+        return UserError(f"{path}: {problem}; {advice}")
+
+    kind = "images" if "images" in name else "labels"
+    item = SIZE * SIZE if kind == "images" else 1
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
+            header = file.read(16 if kind == "images" else 8)
+            if len(header) < (16 if kind == "images" else 8):
+                raise bad(f"truncated: {len(header)} bytes are less than the header of an IDX file")
+            magic, count, *shape = struct.unpack(f">{len(header) // 4}I", header)
+            if KINDS.get(magic) != kind:
+                raise bad(f"it holds {KINDS[magic]} where {kind} are expected (swapped?)" if magic in KINDS else
+                          f"not an IDX file of {kind} (it starts with {header[:4].hex()})")
+            if shape not in ([], [SIZE, SIZE]):
+                raise bad(f"its images have {shape[0]}x{shape[1]} pixels, not {SIZE}x{SIZE}")
+            if not 1 <= count <= MAX_IMAGES:
+                raise bad(f"its header promises {count:,} {kind}, but 1 to {MAX_IMAGES:,} are possible")
+            body = file.read(count * item + 1)  # one more than expected, so that a file too long is seen
+    except (OSError, EOFError, zlib.error) as error:
+        raise bad(f"can't be read ({_reason(error)})") from None
+    if len(body) != count * item:
+        found = f"{len(header) + len(body):,}" if len(body) < count * item else f"more than {len(header) + count * item:,}"
+        raise bad(f"{'truncated' if len(body) < count * item else 'too long'}: {found} bytes, where its header promises "
+                  f"{len(header) + count * item:,}")
+    if name in digests:
+        digest = hashlib.md5(header + body, usedforsecurity=False).hexdigest()
+        if digest != digests[name]:
+            other = next((known for known, value in digests.items() if value == digest), None)
+            raise bad(f"it holds {other} (swapped?)" if other else f"wrong content (MD5 {digest}, not {digests[name]})")
+    return np.frombuffer(body, np.uint8).reshape((count, *shape)).copy()
+
+
+def download_mnist(root: Path) -> None:
+    """Fetches the missing ones of MNIST's four files, all or none; raises UserError without a network or a place to write."""
+    folder = _mnist_folder(root)
+    if os.environ.get("RANK", "0") != "0":
+        raise UserError(f"{folder}: MNIST is not there, and only the first process downloads it; run once with one process")
+    try:
+        from torchvision.datasets import MNIST
+    except (ImportError, RuntimeError, OSError) as error:  # a build for another torch fails while it loads
+        raise UserError(f"MNIST is not in {folder}, and torchvision, which downloads it, can't be imported ({_reason(error)}): "
+                        f"install one that fits torch {torch.__version__}, or put the four files there") from None
+    print(f"MNIST is not in {folder}: downloading it (12 MB).", flush=True)
+    problems = []
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix="download-", dir=folder.parent) as place:
+            for mirror in MNIST.mirrors:
+                one_mirror = type("MNIST", (MNIST,), {"mirrors": [mirror]})  # torchvision's own loop ends at a timeout
+                try:
+                    with _patience(TIMEOUT), contextlib.redirect_stderr(io.StringIO()):  # torchvision's progress bars
+                        one_mirror(place, download=True)
+                    break
+                except (URLError, TimeoutError, ConnectionError, HTTPException, ssl.SSLError, RuntimeError) as error:
+                    problems.append(f"{mirror}: {_reason(error)}")
+            else:
+                raise UserError(f"MNIST can't be downloaded ({'; '.join(problems)}). Put {', '.join(MNIST_MD5)} into {folder}, "
+                                "or train on IDX files of your own with --dataset idx --data-dir FOLDER")
+            fetched = Path(place) / "MNIST" / "raw"
+            for name in MNIST_MD5:
+                _read_idx(fetched, name, MNIST_MD5, "try again, or put the four files there")
+            for name in MNIST_MD5:
+                if _find(folder, name) is None:
+                    os.replace(fetched / name, folder / name)
+    except OSError as error:
+        raise UserError(f"{folder}: MNIST can't be stored there ({_reason(error)}); make it writable and free 70 MB, or choose "
+                        "another --data-dir") from None
+
+
+@contextlib.contextmanager
+def _patience(seconds: float) -> Iterator[None]:
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(seconds)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(before)
+
+
+def _reason(error: Exception) -> str:
+    """What an error says, in one short line; torchvision's has several, the last of which matters."""
+    said = getattr(error, "strerror", None) or str(getattr(error, "reason", None) or error)
+    return (said.strip().splitlines() or [type(error).__name__])[-1].strip("<>")[:120]
+
+
+def batch_indices(seed: int, step: int, batch_size: int, n: int) -> Tensor:
+    """Indices int64 [batch_size] into n images: the batch of a step, as a function of (seed, step).
+
+    The batches cut a stream of permutations, one for each epoch, so an epoch sees every image exactly once.
+    """
+    parts, position, end = [], step * batch_size, (step + 1) * batch_size
+    while position < end:
+        epoch, offset = divmod(position, n)
+        parts.append(_permutation(seed, epoch, n)[offset:offset + end - position])
+        position += len(parts[-1])
+    return torch.cat(parts)
+
+
+@lru_cache(maxsize=2)
+def _permutation(seed: int, epoch: int, n: int) -> Tensor:
+    return torch.randperm(n, generator=generator("cpu", seed, ORDER_STREAM, epoch))

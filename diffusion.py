@@ -1,0 +1,164 @@
+"""The mathematics of diffusion: noise schedules, q(x_t | x_0), the posterior, prediction targets, loss, denoiser.
+
+x_t = alpha_t x_0 + sigma_t noise with alpha_t^2 = alpha_bar_t and sigma_t^2 = 1 - alpha_bar_t; t = 0 is clean data,
+t = T is noise, and the network is trained on t in 1..T. The network is any callable (x, t, label) -> prediction.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from config import DiffusionConfig, UserError
+
+Network = Callable[[Tensor, Tensor, Tensor], Tensor]
+Denoiser = Callable[[Tensor, int], Tensor]
+NO_LABEL = 10
+MIN_SNR_GAMMA = 5.0  # arXiv 2303.09556, section 3.4
+
+
+@dataclass(frozen=True)
+class NoiseSchedule:
+    """alpha_bar float64 [T+1] on the CPU, descending from alpha_bar[0] == 1; and what the network is trained to predict.
+
+    A schedule may end at alpha_bar[T] == 0 (zero terminal SNR); then the prediction can't be the noise.
+    """
+
+    alpha_bar: Tensor
+    prediction: str = "v"
+    weighting: str = "none"
+
+    @property
+    def timesteps(self) -> int:
+        """T, the number of noise levels."""
+        return len(self.alpha_bar) - 1
+
+    @cached_property
+    def alpha(self) -> Tensor:
+        """Scale of the signal, float64 [T+1]."""
+        return self.alpha_bar.sqrt()
+
+    @cached_property
+    def sigma(self) -> Tensor:
+        """Standard deviation of the noise, float64 [T+1]."""
+        return (1 - self.alpha_bar).sqrt()
+
+    @cached_property
+    def snr(self) -> Tensor:
+        """Signal-to-noise ratio alpha_t^2 / sigma_t^2, float64 [T+1]; infinite at t = 0."""
+        return self.alpha_bar / (1 - self.alpha_bar)
+
+    def at(self, values: Tensor, t: Tensor) -> Tensor:
+        """Float32 values of per-timestep constants at t [B], to be broadcast over images: [B, 1, 1, 1] on t's device."""
+        return values.to(t.device, torch.float32)[t][:, None, None, None]
+
+
+def make_schedule(config: DiffusionConfig) -> NoiseSchedule:
+    """Linear betas (arXiv 2006.11239, section 4; scaled by 1000 / T) or the cosine schedule (2102.09672, eq. 17)."""
+    steps = config.timesteps
+    if config.schedule == "linear":
+        beta = torch.linspace(1e-4, 0.02, steps, dtype=torch.float64) * (1000 / steps)
+        if beta[-1] >= 1:
+            raise UserError(f"--timesteps {steps}: the linear schedule's last beta reaches 1; use at least 21")
+    elif config.schedule == "cosine":
+        f = torch.cos((torch.arange(steps + 1, dtype=torch.float64) / steps + 0.008) / 1.008 * math.pi / 2).square()
+        beta = (1 - f[1:] / f[:-1]).clamp(max=0.999)
+    else:
+        raise UserError(f"--schedule {config.schedule}: there is no such schedule; choose cosine or linear")
+    alpha_bar = torch.cat([torch.ones(1, dtype=torch.float64), (1 - beta).cumprod(0)])
+    return NoiseSchedule(alpha_bar, config.prediction, config.weighting)
+
+
+def add_noise(schedule: NoiseSchedule, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+    """A draw x_t of q(x_t | x_0) (2006.11239, eq. 4). x0, noise [B, ...]; t int64 [B] in 0..T -> [B, ...]."""
+    return schedule.at(schedule.alpha, t) * x0 + schedule.at(schedule.sigma, t) * noise
+
+
+def posterior(schedule: NoiseSchedule, x0: Tensor, x_t: Tensor, t: int, s: int) -> tuple[Tensor, float]:
+    """Mean (like x_t) and variance of q(x_s | x_t, x_0) for any s < t (2006.11239, eq. 7; 2107.00630, eq. 24-25)."""
+    var_t, var_s = 1 - schedule.alpha_bar[t], 1 - schedule.alpha_bar[s]
+    alpha_ts = schedule.alpha[t] / schedule.alpha[s]
+    var_ts = transition_variance(schedule, t, s)
+    mean = (alpha_ts * var_s / var_t).item() * x_t + (schedule.alpha[s] * var_ts / var_t).item() * x0
+    return mean, (var_ts * var_s / var_t).item()
+
+
+def transition_variance(schedule: NoiseSchedule, t: int, s: int) -> Tensor:
+    """Variance of q(x_t | x_s), s < t: 1 - alpha_bar_t / alpha_bar_s, which is beta_t where s = t - 1."""
+    return 1 - schedule.alpha_bar[t] / schedule.alpha_bar[s]
+
+
+def target(schedule: NoiseSchedule, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+    """What the network learns to predict: the noise, x0, or v = alpha noise - sigma x0 (arXiv 2202.00512, appendix D)."""
+    if schedule.prediction == "noise":
+        return noise
+    if schedule.prediction == "x0":
+        return x0
+    return schedule.at(schedule.alpha, t) * noise - schedule.at(schedule.sigma, t) * x0
+
+
+def predicted_x0(schedule: NoiseSchedule, prediction: Tensor, x_t: Tensor, t: int) -> Tensor:
+    """x0_hat that a prediction at x_t stands for: the inverse of `target` at one timestep, unclipped."""
+    alpha, sigma = schedule.alpha[t].item(), schedule.sigma[t].item()
+    if schedule.prediction == "noise":
+        return (x_t - sigma * prediction) / alpha
+    if schedule.prediction == "x0":
+        return prediction
+    return alpha * x_t - sigma * prediction
+
+
+def loss_weights(schedule: NoiseSchedule) -> Tensor:
+    """Weight of the prediction's squared error at each t, float64 [T+1].
+
+    "none": 1. "snr": as if x0's squared error were weighted by SNR, which is the unweighted noise loss of 2006.11239.
+    "min-snr": as if it were weighted by min(SNR, 5) (2303.09556, section 3.4).
+    """
+    snr = schedule.snr.clone()
+    snr[0] = snr[1]  # t = 0 is never trained on; keep it finite
+    if schedule.weighting == "none":
+        return torch.ones_like(snr)
+    wanted = snr if schedule.weighting == "snr" else snr.clamp(max=MIN_SNR_GAMMA)
+    # Squared errors: x0's is the noise's over SNR, and v's over SNR + 1.
+    return wanted / {"noise": snr, "x0": torch.ones_like(snr), "v": snr + 1}[schedule.prediction]
+
+
+def diffusion_loss(network: Network, schedule: NoiseSchedule, x0: Tensor, labels: Tensor, t: Tensor,
+                   noise: Tensor) -> Tensor:
+    """Weighted mean squared error of each image's prediction -> [B], float32 (2006.11239, eq. 14, and its kin)."""
+    prediction = network(add_noise(schedule, x0, t, noise), t, labels).float()
+    error = (prediction - target(schedule, x0, t, noise)).square().flatten(1).mean(1)
+    return schedule.at(loss_weights(schedule), t).flatten() * error
+
+
+def stratified_timesteps(timesteps: int, batch_size: int, offset: Tensor) -> Tensor:
+    """t int64 [B] in 1..T, evenly spaced from one random offset in [0, 1), so that a batch covers all noise levels.
+
+    Each t alone is uniform when the offset is (low-discrepancy sampler, arXiv 2107.00630, appendix I.1).
+    """
+    u = (torch.arange(batch_size, device=offset.device) + offset) / batch_size
+    return (u * timesteps).long().clamp(max=timesteps - 1) + 1
+
+
+def make_denoiser(network: Network, schedule: NoiseSchedule, labels: Tensor, guidance: float = 1.0) -> Denoiser:
+    """denoise(x [B, ...], t int) -> x0_hat [B, ...] in [-1, 1], in the dtype of x, for the given labels int64 [B].
+
+    With classifier-free guidance (arXiv 2207.12598, eq. 6, whose w is guidance - 1) both halves go through the network
+    in one batch; at guidance 1 there is no second half.
+    """
+    unlabelled = torch.full_like(labels, NO_LABEL)
+
+    def denoise(x: Tensor, t: int) -> Tensor:
+        network_input = x.float()
+        times = torch.full((len(x),), t, device=x.device)
+        if guidance == 1:
+            prediction = network(network_input, times, labels)
+        else:
+            both = network(network_input.repeat(2, 1, 1, 1), times.repeat(2), torch.cat([labels, unlabelled]))
+            labelled, free = both.chunk(2)
+            prediction = free + guidance * (labelled - free)
+        return predicted_x0(schedule, prediction.to(x.dtype), x, t).clamp(-1, 1)
+
+    return denoise

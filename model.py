@@ -1,0 +1,143 @@
+"""The U-Net, nothing else: (x, t, label) -> prediction.
+
+Residual blocks at 28, 14 and 7 pixels, each told time and digit by a scale and a shift of its normalised
+activations; self-attention where the config asks for it; a skip connection from each block on the way down to
+its twin on the way up. Knows no schedule, no loss and no sampler.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from config import RESOLUTIONS, ModelConfig
+
+NO_LABEL = 10
+
+
+class ResidualBlock(nn.Module):
+    """x + conv(act(scale, shift(norm(conv(act(norm(x))))))), as in arXiv 2105.05233, at one resolution."""
+
+    def __init__(self, channels_in: int, channels: int, config: ModelConfig) -> None:
+        super().__init__()
+        self.norm_in = nn.GroupNorm(math.gcd(config.groups, channels_in), channels_in)
+        self.conv_in = nn.Conv2d(channels_in, channels, 3, padding=1)
+        self.modulation = nn.Linear(config.embedding, 2 * channels)
+        self.norm_out = nn.GroupNorm(config.groups, channels)
+        self.dropout = nn.Dropout(config.dropout)
+        self.conv_out = nn.Conv2d(channels, channels, 3, padding=1)
+        self.skip = nn.Identity() if channels_in == channels else nn.Conv2d(channels_in, channels, 1)
+        nn.init.zeros_(self.conv_out.weight)  # the block starts as the identity
+        nn.init.zeros_(self.conv_out.bias)
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        h = self.conv_in(F.silu(self.norm_in(x)))  # [B, C, H, W]
+        scale, shift = self.modulation(embedding)[:, :, None, None].chunk(2, dim=1)  # [B, C, 1, 1]
+        h = F.silu(torch.addcmul(shift, self.norm_out(h), 1 + scale))
+        return self.skip(x) + self.conv_out(self.dropout(h))
+
+
+class Attention(nn.Module):
+    """Self-attention over all pixels, with heads of about 32 channels, added to its input."""
+
+    def __init__(self, channels: int, config: ModelConfig) -> None:
+        super().__init__()
+        self.heads = max(1, channels // 32)
+        while channels % self.heads:
+            self.heads -= 1
+        self.norm = nn.GroupNorm(config.groups, channels)
+        self.query_key_value = nn.Conv2d(channels, 3 * channels, 1)
+        self.out = nn.Conv2d(channels, channels, 1)
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        size = x.shape[-2:]
+        h = self.query_key_value(self.norm(x)).flatten(2)  # [B, 3C, H*W]
+        q, k, v = h.unflatten(1, (3, self.heads, -1)).transpose(-1, -2).unbind(1)  # each [B, heads, H*W, C/heads]
+        h = F.scaled_dot_product_attention(q, k, v).transpose(-1, -2)  # [B, heads, C/heads, H*W]
+        return x + self.out(h.flatten(1, 2).unflatten(-1, size))
+
+
+class Stage(nn.Module):
+    """One residual block at one resolution, with attention where the config has it."""
+
+    def __init__(self, channels_in: int, channels: int, resolution: int, config: ModelConfig) -> None:
+        super().__init__()
+        self.block = ResidualBlock(channels_in, channels, config)
+        self.attention = Attention(channels, config) if resolution in config.attention else nn.Identity()
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        return self.attention(self.block(x, embedding))
+
+
+class UNet(nn.Module):
+    """Predicts noise, x0 or v, as it was trained to.
+
+    forward(x [B, 1, 28, 28] in [-1, 1] plus noise, t [B] in 1..T, label int64 [B]) -> [B, 1, 28, 28]; label 10 means
+    "no label". U-Net: arXiv 1505.04597; for diffusion: 2006.11239, appendix B.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        channels = config.channels
+        width = config.embedding
+        self.time = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
+        self.label = nn.Embedding(NO_LABEL + 1, width)
+        self.stem = nn.Conv2d(1, channels[0], 3, padding=1)
+
+        self.down, self.up = nn.ModuleList(), nn.ModuleList()
+        self.shrink, self.grow = nn.ModuleList(), nn.ModuleList()
+        for level, resolution in enumerate(RESOLUTIONS):
+            here = channels[level]
+            if level:
+                self.shrink.append(nn.Conv2d(channels[level - 1], here, 3, stride=2, padding=1))
+                self.grow.append(nn.Conv2d(here, channels[level - 1], 3, padding=1))
+            blocks = range(config.blocks[level])
+            self.down.append(nn.ModuleList(Stage(here, here, resolution, config) for _ in blocks))
+            self.up.append(nn.ModuleList(Stage(2 * here, here, resolution, config) for _ in blocks))
+
+        self.norm = nn.GroupNorm(config.groups, channels[0])
+        self.head = nn.Conv2d(channels[0], 1, 3, padding=1)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, x: Tensor, t: Tensor, label: Tensor) -> Tensor:
+        width = self.label.embedding_dim
+        embedding = F.silu(self.time(time_features(t, width).to(x.dtype)) + self.label(label))  # [B, width]
+        x = self.stem(x)  # [B, C28, 28, 28]
+        skips = []
+        for level, stages in enumerate(self.down):
+            if level:
+                x = self.shrink[level - 1](x)  # [B, C14, 14, 14], then [B, C7, 7, 7]
+            for stage in stages:
+                x = stage(x, embedding)
+                skips.append(x)
+        for level in reversed(range(len(self.up))):
+            for stage in self.up[level]:
+                x = stage(torch.cat([x, skips.pop()], dim=1), embedding)
+            if level:
+                x = self.grow[level - 1](F.interpolate(x, scale_factor=2.0))  # [B, C14, 14, 14], then [B, C28, 28, 28]
+        return self.head(F.silu(self.norm(x)))  # [B, 1, 28, 28]
+
+
+def time_features(t: Tensor, width: int) -> Tensor:
+    """Sines and cosines of t [B] at `width / 2` frequencies from 1 to 1e-4 -> [B, width] (arXiv 1706.03762, 3.5)."""
+    half = width // 2
+    frequencies = torch.exp(torch.arange(half, device=t.device) * (-math.log(1e4) / half))
+    angles = t.float()[:, None] * frequencies
+    return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+
+def count_parameters(network: nn.Module) -> int:
+    return sum(p.numel() for p in network.parameters())
+
+
+def gflop_per_image(config: ModelConfig) -> float:
+    """10^9 floating-point operations of one forward of one image, a multiply-add counted as two."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        UNet(config)(torch.empty(1, 1, 28, 28), torch.empty(1), torch.empty(1, dtype=torch.long))
+    return counter.get_total_flops() / 1e9

@@ -1,0 +1,46 @@
+"""Shared fixtures: a small IDX set of drawn shapes, and a folder of one's own to run in."""
+
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = ["--channels", "8", "8", "16", "--blocks", "1", "1", "1", "--embedding", "16", "--groups", "4"]
+
+torch.set_num_threads(2)
+
+
+def write_idx(path: Path, array: np.ndarray) -> None:
+    header = struct.pack(f">HBB{array.ndim}I", 0, 8, array.ndim, *array.shape)
+    path.write_bytes(header + array.astype(np.uint8).tobytes())
+
+
+def write_set(folder: Path, train: int = 256, test: int = 64) -> Path:
+    """Bars whose place and direction tell the label, with a little noise in their strength."""
+    folder.mkdir(parents=True, exist_ok=True)
+    random = np.random.default_rng(0)
+    for name, count in (("train", train), ("t10k", test)):
+        labels = random.integers(0, 10, count)
+        images = np.zeros((count, 28, 28), np.uint8)
+        for image, label in zip(images, labels):
+            place = 5 + 4 * (label % 5)
+            rows, columns = (slice(place, place + 3), slice(4, 24)) if label < 5 else (slice(4, 24), slice(place, place + 3))
+            image[rows, columns] = random.integers(180, 256)
+        write_idx(folder / f"{name}-images-idx3-ubyte", images)
+        write_idx(folder / f"{name}-labels-idx1-ubyte", labels)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def idx_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_set(tmp_path_factory.mktemp("idx"))
+
+
+@pytest.fixture
+def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty current folder, so that checkpoints/ and results/ are the test's own."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
