@@ -64,21 +64,24 @@ def save(path: Path, state: Mapping[str, Any]) -> None:
     write_atomically(path, lambda file: file.write(buffer.getbuffer()), keep)
 
 
-def write_atomically(path: Path, write: Callable[[Any], Any], before_replace: Callable[[Path], None] | None = None) -> None:
-    """Calls write(binary file) on a file beside path, which then takes its place; raises UserError, and leaves path as it was."""
+def write_atomically(path: Path, write: Callable[[Any], Any], before: Callable[[Path], None] | None = None) -> None:
+    """Calls write(binary file) on a file beside path, which then takes its place.
+
+    Just before that, calls before(path). Raises UserError if it can't be written, and leaves path as it was.
+    """
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         with open(part, "wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
-        if before_replace is not None:
-            before_replace(path)
+        if before is not None:
+            before(path)
         os.replace(part, path)
         _sync_folder(path.parent)
     except OSError as error:
-        advice = {errno.ENOSPC: "free some space", errno.EDQUOT: "free some space", errno.EACCES: "make its folder writable",
-                  errno.EPERM: "make its folder writable", errno.EROFS: "use a folder that is writable",
+        advice = {errno.ENOSPC: "free some space", errno.EDQUOT: "free some space", errno.EACCES: "make it writable",
+                  errno.EPERM: "make it writable", errno.EROFS: "use a folder that is writable",
                   errno.ENOENT: "make its folder first"}.get(error.errno or 0, "check the disk")
         kept = "; the file that was there is untouched" if path.is_file() else ""
         raise UserError(f"{path}: can't be written ({error.strerror or error}): {advice}{kept}") from None
@@ -88,7 +91,7 @@ def write_atomically(path: Path, write: Callable[[Any], Any], before_replace: Ca
 
 
 def _keep_previous(path: Path) -> None:
-    """Makes previous.pt of last.pt, through a second name for it, so that neither name is ever absent or half written."""
+    """Makes previous.pt of last.pt, by giving it a second name, so that neither is ever absent or half written."""
     if not path.is_file():
         return
     spare, previous = path.with_name(f".{PREVIOUS}.part"), path.with_name(PREVIOUS)
@@ -115,7 +118,7 @@ def _sync_folder(folder: Path) -> None:
 
 
 def _plain(value: Any) -> Any:
-    """A copy of nested dicts, lists, tuples, plain values and tensors, in which no tensor shares or drags along memory."""
+    """A copy of nested containers, plain values and tensors, in which no tensor shares or drags along memory."""
     if isinstance(value, Tensor):
         return value.detach().cpu().clone()
     if isinstance(value, Mapping):
@@ -143,7 +146,7 @@ def _clean_names(weights: Mapping[str, Tensor] | None) -> dict[str, Tensor] | No
 
 
 def digest(state: Mapping[str, Any]) -> str:
-    """SHA-256 (hex) over everything in a state but its digest, whatever the order of its dicts and the layout in memory."""
+    """SHA-256 (hex) over all of a state but its digest, whatever the order of its dicts and the layout in memory."""
     content = {key: value for key, value in state.items() if key != "digest"}
     content |= {part: _clean_names(content[part]) for part in ("model", "ema") if part in content}
     sha = hashlib.sha256()
@@ -152,7 +155,7 @@ def digest(state: Mapping[str, Any]) -> str:
 
 
 def weights_digest(weights: Mapping[str, Tensor]) -> str:
-    """First 16 hex digits of the SHA-256 over names, dtypes, shapes and values of weights: their name, in pictures too."""
+    """First 16 hex digits of the SHA-256 over names, dtypes, shapes and values: what pictures call their weights."""
     sha = hashlib.sha256()
     _feed(sha, _clean_names(weights))
     return sha.hexdigest()[:16]
@@ -189,8 +192,8 @@ def load(path: Path) -> dict[str, Any]:
     except UserError as error:
         previous = path.with_name(PREVIOUS)
         if path.name == LAST and _loads(previous):
-            raise UserError(f"{error}; the one before it, {previous}, is whole: draw with --checkpoint {previous}, or rename it to "
-                            f"{LAST} to train on from there") from None
+            raise UserError(f"{error}; the one before it, {previous}, is whole: draw with --checkpoint {previous}, or "
+                            f"rename it to {LAST} to train on from there") from None
         raise
 
 
@@ -202,7 +205,8 @@ def _loads(path: Path) -> bool:
 
 def _load(path: Path) -> dict[str, Any]:
     if not os.path.isfile(path):
-        raise UserError(f"{path}: {'this is a folder, not a checkpoint' if os.path.isdir(path) else 'there is no such file'}")
+        what = "this is a folder, not a checkpoint" if os.path.isdir(path) else "there is no such checkpoint"
+        raise UserError(f"{path}: {what}; {ADVICE}")
     try:
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
@@ -212,11 +216,12 @@ def _load(path: Path) -> dict[str, Any]:
             state = torch.load(archive, map_location="cpu", weights_only=True)
         _check_values(state, [size])
     except OSError as error:
-        raise UserError(f"{path}: can't be read ({error.strerror or error})") from None
+        raise UserError(f"{path}: can't be read ({error.strerror or error}); {ADVICE}") from None
     except _Hostile as error:
-        raise UserError(f"{path}: {error}, as no checkpoint of this project does, and nothing of it was run; {ADVICE}") from None
+        raise UserError(f"{path}: {error}, as no checkpoint of this project does; it was not run; {ADVICE}") from None
     except Exception as error:  # there is no end to what a strange file makes zipfile, pickle and torch raise
-        raise UserError(f"{path}: damaged, or not a checkpoint of this project ({_first_line(error)}); {ADVICE}") from None
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
+        raise UserError(f"{path}: damaged, or not a checkpoint of this project ({reason}); {ADVICE}") from None
     problem = _problem(state)
     if problem is not None:
         raise UserError(f"{path}: {problem}")
@@ -235,7 +240,8 @@ def _read_archive(file: BinaryIO, size: int) -> io.BytesIO:
     archive = io.BytesIO()
     with zipfile.ZipFile(file) as source, zipfile.ZipFile(archive, "w") as target:
         entries = source.infolist()
-        if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries) or sum(e.file_size for e in entries) > size:
+        stored = all(entry.compress_type == zipfile.ZIP_STORED for entry in entries)
+        if not stored or sum(entry.file_size for entry in entries) > size:
             raise ValueError("it is compressed, or unpacks to more than its own size")
         names = {entry.filename.partition("/")[2]: entry for entry in entries}
         if len(names) != len(entries) or "data.pkl" not in names:
@@ -250,7 +256,7 @@ def _read_archive(file: BinaryIO, size: int) -> io.BytesIO:
 
 
 def _check_pickle(data: bytes, sizes: Mapping[str, int]) -> None:
-    """Runs a pickle with stand-ins for all that it may name, before torch does it for real; raises _Hostile or any error."""
+    """Runs a pickle with stand-ins for all that it may name, before torch does it for real; raises any error."""
 
     # The C unpickler allocates as many memo slots as a file asks for; this one has a dict.
     class Guard(pickle._Unpickler):  # type: ignore[name-defined]
@@ -299,19 +305,21 @@ def _problem(state: Any) -> str | None:
         return f"not a checkpoint of this project; {ADVICE}"
     version = state.get("version")
     if type(version) is int and version > FORMAT_VERSION:
-        return f"written by a later version of this project (format {version}, this one reads {FORMAT_VERSION}); update the project"
-    missing, extra = [key for key in KEYS if key not in state], [str(key)[:40] for key in state if key not in KEYS]
+        return f"written by a later version of the project (format {version}, not {FORMAT_VERSION}); update the project"
+    missing = [f"{key} missing" for key in KEYS if key not in state]
+    extra = [f"{str(key)[:40]} unknown" for key in state if key not in KEYS]
     if missing or extra:
-        said = [f"{', '.join(names)} {word}" for names, word in ((missing, "missing"), (extra[:10], "unknown")) if names]
-        return f"not a checkpoint of this project ({'; '.join(said)}); {ADVICE}"
+        said = ", ".join((missing + extra)[:8])
+        return f"not a checkpoint of this project ({said}); {ADVICE}"
 
     def is_weights(value: Any) -> bool:
         return isinstance(value, dict) and all(type(k) is str and isinstance(v, Tensor) for k, v in value.items())
 
-    right = {"config": isinstance(state["config"], dict), "model": state["model"] is None or is_weights(state["model"]),
-             "ema": is_weights(state["ema"]), "optimizer": state["optimizer"] is None or isinstance(state["optimizer"], dict),
-             "step": type(state["step"]) is int and state["step"] >= 0, "history": isinstance(state["history"], dict),
-             "version": version == FORMAT_VERSION and type(version) is int, "digest": type(state["digest"]) is str}
+    right = {"config": isinstance(state["config"], dict), "history": isinstance(state["history"], dict),
+             "model": state["model"] is None or is_weights(state["model"]), "ema": is_weights(state["ema"]),
+             "optimizer": state["optimizer"] is None or isinstance(state["optimizer"], dict),
+             "step": type(state["step"]) is int and state["step"] >= 0,
+             "version": type(version) is int and version > 0, "digest": type(state["digest"]) is str}
     wrong = [key for key, ok in right.items() if not ok]
     if wrong:
         return f"not a checkpoint of this project (not of the right type: {', '.join(wrong)}); {ADVICE}"
@@ -323,25 +331,21 @@ def _problem(state: Any) -> str | None:
     return None
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
-
-
 def load_weights(network: nn.Module, weights: Mapping[str, Tensor], path: Path) -> None:
-    """Copies weights into a network, strictly; raises UserError naming the first one that is not as the network needs it."""
+    """Copies weights into a network, strictly; raises UserError naming the first one that does not fit it."""
     own = network.state_dict()
     for name in [*own, *weights]:
         if name not in weights or name not in own:
             word = "missing" if name in own else "unknown"
-            raise UserError(f"{path}: the weight {name} is {word}: it does not fit the network that its config describes")
+            raise UserError(f"{path}: the weight {name} is {word}, by the network that its config describes; {ADVICE}")
         value, target = weights[name], own[name]
         if value.shape != target.shape:
-            raise UserError(f"{path}: the weight {name} has the shape {tuple(value.shape)}, but the network that its config "
-                            f"describes needs {tuple(target.shape)}")
+            raise UserError(f"{path}: the weight {name} has the shape {tuple(value.shape)}, where the network that its "
+                            f"config describes has {tuple(target.shape)}; {ADVICE}")
         if value.is_floating_point() != target.is_floating_point():
-            raise UserError(f"{path}: the weight {name} is of {value.dtype}, but the network needs {target.dtype}")
+            raise UserError(f"{path}: the weight {name} is {value.dtype}, the network's {target.dtype}; {ADVICE}")
         if not torch.isfinite(value.to(target.dtype)).all():
-            raise UserError(f"{path}: the weight {name} is not finite; use a checkpoint from before, or train again")
+            raise UserError(f"{path}: the weight {name} is not finite; {ADVICE}")
     network.load_state_dict(dict(weights))
 
 
@@ -349,7 +353,7 @@ def load_weights(network: nn.Module, weights: Mapping[str, Tensor], path: Path) 
 
 
 def find(name: str, explicit: Path | None, root: Path = Path("checkpoints")) -> Path:
-    """The checkpoint that is meant: explicit, or the run's own, or the one that comes with the project; raises UserError."""
+    """The checkpoint that is meant: explicit, or the run's own, or the project's own; raises UserError without one."""
     if explicit is not None:
         if os.path.isdir(explicit):
             raise UserError(f"{explicit}: this is a folder; name a file, such as {explicit / LAST}")
@@ -359,13 +363,13 @@ def find(name: str, explicit: Path | None, root: Path = Path("checkpoints")) -> 
     for path in (root / name / LAST, root / PRETRAINED):
         if os.path.exists(path):
             return path
-    raise UserError(f"{root / name / LAST}: there is no checkpoint yet, nor {root / PRETRAINED}; train first with --mode train, "
-                    "or name another with --checkpoint")
+    raise UserError(f"{root / name / LAST}: there is no checkpoint yet, nor {root / PRETRAINED}; train first with "
+                    "--mode train, or name another with --checkpoint")
 
 
 @contextlib.contextmanager
 def lock(folder: Path) -> Iterator[None]:
-    """Holds a run's folder; raises UserError if another process does. The system frees it, however that process ends."""
+    """Holds a run's folder; raises UserError if another process does. The system frees it, however a process ends."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         held = filelock.FileLock(folder / "lock", timeout=0)
@@ -373,7 +377,7 @@ def lock(folder: Path) -> Iterator[None]:
     except filelock.Timeout:
         raise UserError(f"another run of this name is going on ({folder}): wait, or choose another --name") from None
     except (OSError, NotImplementedError) as error:
-        reason = getattr(error, "strerror", None) or _first_line(error)
+        reason = getattr(error, "strerror", None) or error
         raise UserError(f"{folder}: can't be locked ({reason}); make it writable, or choose another --name") from None
     try:
         yield

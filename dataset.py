@@ -39,7 +39,7 @@ KINDS = {0x803: "images", 0x801: "labels"}  # the first four bytes of an IDX fil
 SIZE, CLASSES = 28, 10
 MAX_IMAGES = 1_000_000  # so that a header, or a small .gz file, can't ask for all the memory there is
 TIMEOUT = 20.0  # seconds without an answer after which a download gives up
-ORDER_STREAM = 5  # of random numbers; train.py and sample.py own 1 to 4
+ORDER_STREAM = 8  # of random numbers; train.py, sample.py, metrics.py and evaluate.py own 1 to 7
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def load_mnist(root: Path, split: str) -> Digits:
 
 
 def load_idx(folder: Path, split: str) -> Digits:
-    """Any four IDX files with MNIST's names (.gz too) and up to 10 classes, in folder or in its MNIST/raw; raises UserError."""
+    """Any IDX files with MNIST's names (.gz too) and up to 10 classes, in folder or its MNIST/raw; raises UserError."""
     folder = Path(folder)
     nested = folder / "MNIST" / "raw"
     found = nested if _find(folder, FILES[split][0]) is None and _find(nested, FILES[split][0]) is not None else folder
@@ -92,39 +92,40 @@ def _find(folder: Path, name: str) -> Path | None:
     try:
         return next((path for path in (folder / name, folder / f"{name}.gz") if path.is_file()), None)
     except OSError as error:
-        raise UserError(f"{folder}: can't be read ({error.strerror}); make it readable, or choose another --data-dir") from None
+        raise UserError(f"{folder}: can't be read ({_reason(error)}); make it readable, or choose another --data-dir"
+                        ) from None
 
 
 def _read_split(folder: Path, split: str, digests: Mapping[str, str], advice: str) -> Digits:
     images, labels = (_read_idx(folder, name, digests, advice) for name in FILES[split])
     if len(images) != len(labels):
-        raise UserError(f"{folder}: {FILES[split][0]} holds {len(images):,} images, but {FILES[split][1]} {len(labels):,} labels; "
-                        "use two files that belong together")
+        raise UserError(f"{folder}: {FILES[split][0]} holds {len(images):,} images, but {FILES[split][1]} "
+                        f"{len(labels):,} labels; use two files that belong together")
     if labels.max() >= CLASSES:
         at = int(np.argmax(labels >= CLASSES))
-        raise UserError(f"{folder / FILES[split][1]}: label {labels[at]} of image {at}; only {CLASSES} classes, 0 to 9, are possible: "
-                        "renumber them, or choose another data set")
+        raise UserError(f"{folder / FILES[split][1]}: image {at} has the label {labels[at]}, but only the {CLASSES} "
+                        "classes 0 to 9 are possible; renumber them, or choose another data set")
     return Digits(torch.from_numpy(images).view(-1, 1, SIZE, SIZE), torch.from_numpy(labels.astype(np.int64)))
 
 
 def _read_idx(folder: Path, name: str, digests: Mapping[str, str], advice: str) -> NDArray[np.uint8]:
-    """Images uint8 [N, 28, 28] or labels uint8 [N] of one IDX file; raises UserError unless all of it is as it has to be."""
+    """Images uint8 [N, 28, 28] or labels uint8 [N] of one IDX file; raises UserError unless all of it is right."""
     path = _find(folder, name)
     if path is None:
-        raise UserError(f"{folder / name}: there is no such file; put {', '.join(FILES['train'] + FILES['test'])} into that "
-                        "folder, or choose another --data-dir")
+        raise UserError(f"{folder / name}: there is no such file; put {', '.join(MNIST_MD5)} into that folder, or "
+                        "choose another --data-dir")
 
     def bad(problem: str) -> UserError:
         return UserError(f"{path}: {problem}; {advice}")
 
     kind = "images" if "images" in name else "labels"
-    item = SIZE * SIZE if kind == "images" else 1
+    header_size, item = (16, SIZE * SIZE) if kind == "images" else (8, 1)
     try:
         with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
-            header = file.read(16 if kind == "images" else 8)
-            if len(header) < (16 if kind == "images" else 8):
-                raise bad(f"truncated: {len(header)} bytes are less than the header of an IDX file")
-            magic, count, *shape = struct.unpack(f">{len(header) // 4}I", header)
+            header = file.read(header_size)
+            if len(header) < header_size:
+                raise bad(f"truncated: {len(header)} bytes, less than the header of an IDX file of {kind}")
+            magic, count, *shape = struct.unpack(f">{header_size // 4}I", header)
             if KINDS.get(magic) != kind:
                 raise bad(f"it holds {KINDS[magic]} where {kind} are expected (swapped?)" if magic in KINDS else
                           f"not an IDX file of {kind} (it starts with {header[:4].hex()})")
@@ -135,10 +136,11 @@ def _read_idx(folder: Path, name: str, digests: Mapping[str, str], advice: str) 
             body = file.read(count * item + 1)  # one more than expected, so that a file too long is seen
     except (OSError, EOFError, zlib.error) as error:
         raise bad(f"can't be read ({_reason(error)})") from None
-    if len(body) != count * item:
-        found = f"{len(header) + len(body):,}" if len(body) < count * item else f"more than {len(header) + count * item:,}"
-        raise bad(f"{'truncated' if len(body) < count * item else 'too long'}: {found} bytes, where its header promises "
-                  f"{len(header) + count * item:,}")
+    promised = header_size + count * item
+    if len(body) > count * item:
+        raise bad(f"too long: more than the {promised:,} bytes that its header promises")
+    if len(body) < count * item:
+        raise bad(f"truncated: {header_size + len(body):,} bytes, where its header promises {promised:,}")
     if name in digests:
         digest = hashlib.md5(header + body, usedforsecurity=False).hexdigest()
         if digest != digests[name]:
@@ -148,15 +150,16 @@ def _read_idx(folder: Path, name: str, digests: Mapping[str, str], advice: str) 
 
 
 def download_mnist(root: Path) -> None:
-    """Fetches the missing ones of MNIST's four files, all or none; raises UserError without a network or a place to write."""
+    """Fetches MNIST and puts those of its files that are missing in place; raises UserError if that can't be done."""
     folder = _mnist_folder(root)
     if os.environ.get("RANK", "0") != "0":
-        raise UserError(f"{folder}: MNIST is not there, and only the first process downloads it; run once with one process")
+        raise UserError(f"{folder}: MNIST is not there, and only the first process downloads it; run one process first")
     try:
         from torchvision.datasets import MNIST
     except (ImportError, RuntimeError, OSError) as error:  # a build for another torch fails while it loads
-        raise UserError(f"MNIST is not in {folder}, and torchvision, which downloads it, can't be imported ({_reason(error)}): "
-                        f"install one that fits torch {torch.__version__}, or put the four files there") from None
+        raise UserError(f"MNIST is not in {folder}, and torchvision, which downloads it, can't be imported "
+                        f"({_reason(error)}): install one that fits torch {torch.__version__}, or put "
+                        f"{', '.join(MNIST_MD5)} there") from None
     print(f"MNIST is not in {folder}: downloading it (12 MB).", flush=True)
     problems = []
     try:
@@ -171,8 +174,8 @@ def download_mnist(root: Path) -> None:
                 except (URLError, TimeoutError, ConnectionError, HTTPException, ssl.SSLError, RuntimeError) as error:
                     problems.append(f"{mirror}: {_reason(error)}")
             else:
-                raise UserError(f"MNIST can't be downloaded ({'; '.join(problems)}). Put {', '.join(MNIST_MD5)} into {folder}, "
-                                "or train on IDX files of your own with --dataset idx --data-dir FOLDER")
+                raise UserError(f"MNIST can't be downloaded ({'; '.join(problems)}): put {', '.join(MNIST_MD5)} into "
+                                f"{folder}, or train on IDX files of your own with --dataset idx --data-dir FOLDER")
             fetched = Path(place) / "MNIST" / "raw"
             for name in MNIST_MD5:
                 _read_idx(fetched, name, MNIST_MD5, "try again, or put the four files there")
@@ -180,8 +183,8 @@ def download_mnist(root: Path) -> None:
                 if _find(folder, name) is None:
                     os.replace(fetched / name, folder / name)
     except OSError as error:
-        raise UserError(f"{folder}: MNIST can't be stored there ({_reason(error)}); make it writable and free 70 MB, or choose "
-                        "another --data-dir") from None
+        raise UserError(f"{folder}: MNIST can't be stored there ({_reason(error)}); make it writable, free 130 MB, or "
+                        "choose another --data-dir") from None
 
 
 @contextlib.contextmanager

@@ -149,20 +149,19 @@ def texture_filters() -> Tensor:
 
 @torch.no_grad()
 def texture_features(images: Tensor, batch: int = 1000) -> Tensor:
-    """Local contrast of uint8 images at two scales and in four quadrants -> float32 [N, 128].
+    """Local contrast of uint8 images at two scales -> float32 [N, 32]; blind to where on the image it is.
 
-    Responses r of fixed zero-mean filters to pixels in [0, 1], taken as log(1 + |r| / 0.02), which lifts what is faint
-    (0.02 is 5 grey levels): their mean and mean square by quadrant. Grain on the background, blur and lost contrast all
-    move them. The filters are fixed rather than random, so that figures compare across machines and versions.
+    Responses r of fixed zero-mean filters to pixels in grey levels, taken as log(1 + |r|), which lifts what is faint;
+    their mean and mean square over the image. Grain on the background, blur and lost contrast all move them. The
+    filters are fixed rather than random, so that figures compare across machines and versions.
     """
     filters, found = texture_filters(), []
     for chunk in images.cpu().split(batch):
         pooled = []
         for dilation in (1, 2):
-            response = F.conv2d(chunk.float() / 255, filters, dilation=dilation)  # [B, 8, 26, 26], then [B, 8, 24, 24]
-            strength = (response.abs() / 0.02).log1p()
-            pooled += [F.adaptive_avg_pool2d(strength, 2), F.adaptive_avg_pool2d(strength.square(), 2)]
-        found.append(torch.cat(pooled, dim=1).flatten(1))  # [B, 32 * 2 * 2]
+            strength = F.conv2d(chunk.float(), filters, dilation=dilation).abs().log1p()  # [B, 8, 26, 26], [.., 24, 24]
+            pooled += [strength.mean(dim=(2, 3)), strength.square().mean(dim=(2, 3))]  # each [B, 8]
+        found.append(torch.cat(pooled, dim=1))
     return torch.cat(found)
 
 
@@ -225,7 +224,7 @@ def nearest(queries: Tensor, references: Tensor, block: int = 500) -> tuple[Tens
     flat = references.flatten(1).float()  # [M, D]
     centre = flat.mean(dim=0)
     flat = flat - centre  # small numbers cancel less
-    half_norm = flat.square().sum(dim=1) / 2  # [M]
+    half_norm = flat.norm(dim=1).square() / 2  # [M]
     distances, indices = [], []
     for chunk in queries.split(block):
         shifted = chunk.flatten(1).to(flat) - centre

@@ -35,7 +35,7 @@ STYLE = {
 FLAT_LOSS = ("A curve that soon looks flat is normal: most of the loss is noise that no network can predict.\n"
              "Pictures go on improving while it falls by a few per cent, so judge a run by them and by mode evaluate.")
 INK_LEVEL = 100  # a pixel at least this bright is part of a stroke
-GAP = 4.0  # pixels of MNIST between the strokes of neighbouring digits in a number
+GAP = 5.0  # columns from one digit's stroke to the next one's, where they come closest: 4 stay empty
 OVERLAP = 4  # pixels by which one digit may reach over its neighbour, as a 7 over a 4
 
 
@@ -80,16 +80,12 @@ def save_animation(path: Path, states: ArrayLike, metadata: Mapping[str, str]) -
 
     All frames share one palette, grey level i at index i, so nothing flickers and no level is changed.
     """
-    palette = [level for level in range(256) for _ in range(3)]
-    frames = []
-    for state in np.asarray(states):  # [n, 1, 28, 28]
-        frame = Image.fromarray(to_grid(_enlarge(_tiles(state), 4), len(state), 8))
-        frame.putpalette(palette)
-        frames.append(frame)
+    frames = [Image.fromarray(to_grid(_enlarge(_tiles(state), 4), len(state), 8)) for state in np.asarray(states)]
     step = 10 * max(3, min(30, round(300 / len(frames))))  # ms; players mistreat less than 30
     buffer = io.BytesIO()
     frames[0].save(buffer, "GIF", save_all=True, append_images=frames[1:], duration=[step] * (len(frames) - 1) + [1500],
-                   loop=0, optimize=False, comment="\n".join(f"{key}: {value}" for key, value in metadata.items()))
+                   loop=0, optimize=False, palette=np.arange(256, dtype=np.uint8).repeat(3).tobytes(),
+                   comment="\n".join(f"{key}: {value}" for key, value in metadata.items()))
     _write(path, buffer.getvalue())
 
 
@@ -104,7 +100,7 @@ def save_number(path: Path, digits: ArrayLike, metadata: Mapping[str, str]) -> N
 
 
 def set_in_line(digits: ArrayLike, margin: int = 6) -> Pixels:
-    """Digits [N, 1, 28, 28] on one baseline, strokes GAP pixels apart where they come closest -> uint8 [H, W].
+    """Digits [N, 1, 28, 28] on one baseline, GAP apart where they come closest -> uint8 [H, W].
 
     White on black as they come, with `margin` pixels around the ink. A digit without any ink leaves a space.
     """
@@ -116,7 +112,7 @@ def set_in_line(digits: ArrayLike, margin: int = 6) -> Pixels:
     for tile in tiles:
         rows, cols = np.nonzero(tile >= INK_LEVEL)
         if len(rows) == 0:
-            end += 12
+            edge, end = edge + 12, end + 12
             continue
         drop = base - rows.max()
         left, right = np.full(len(line), np.inf), np.full(len(line), -np.inf)  # this digit's ink, by row
@@ -131,7 +127,7 @@ def set_in_line(digits: ArrayLike, margin: int = 6) -> Pixels:
     inked = line >= INK_LEVEL
     if not inked.any():
         return np.zeros((2 * margin + 20, end), np.uint8)
-    (rows, cols) = (np.flatnonzero(inked.any(axis)) for axis in (1, 0))
+    rows, cols = (np.flatnonzero(inked.any(axis)) for axis in (1, 0))
     return line[rows[0] - margin:rows[-1] + margin + 1, cols[0] - margin:cols[-1] + margin + 1]
 
 
@@ -153,12 +149,13 @@ def save_sweep(path: Path, cells: Mapping[tuple[str, int], ArrayLike], seconds: 
     page, draw = _page(max(left + len(steps) * (width + gap), 2 * gap + _text_width(note, 28)),
                        top + len(samplers) * (height + line + gap))
     _write_text(draw, (gap, 26), note, 28)
+    for row, sampler in enumerate(samplers):
+        _write_text(draw, (gap, top + row * (height + line + gap) + height / 2), sampler, 30)
     for column, step in enumerate(steps):
         x = left + column * (width + gap)
         _write_text(draw, (x + width / 2, top - 26), f"{step} steps" if step > 1 else "1 step", 30, "mm")
         for row, sampler in enumerate(samplers):
             y = top + row * (height + line + gap)
-            _write_text(draw, (gap, y + height / 2), sampler, 30)
             if (sampler, step) not in cells:
                 continue
             page.paste(Image.fromarray(grids[sampler, step]), (x, y))
