@@ -220,7 +220,7 @@ def _load(path: Path) -> dict[str, Any]:
     except _Hostile as error:
         raise UserError(f"{path}: {error}, as no checkpoint of this project does; it was not run; {ADVICE}") from None
     except Exception as error:  # there is no end to what a strange file makes zipfile, pickle and torch raise
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
+        reason = "".join(filter(str.isprintable, (str(error).strip().splitlines() or [type(error).__name__])[0]))[:120]
         raise UserError(f"{path}: damaged, or not a checkpoint of this project ({reason}); {ADVICE}") from None
     problem = _problem(state)
     if problem is not None:
@@ -267,7 +267,7 @@ def _check_pickle(data: bytes, sizes: Mapping[str, int]) -> None:
                 return lambda *_: None
             if (module, name) == ("collections", "OrderedDict"):
                 return OrderedDict
-            raise _Hostile(f"it asks to run {module}.{name}")
+            raise _Hostile(f"it asks to run {f'{module}.{name}'!r:.80}")
 
         def persistent_load(self, identity: Any) -> None:
             kind, dtype, key, _, count = identity
@@ -307,7 +307,7 @@ def _problem(state: Any) -> str | None:
     if type(version) is int and version > FORMAT_VERSION:
         return f"written by a later version of the project (format {version}, not {FORMAT_VERSION}); update the project"
     missing = [f"{key} missing" for key in KEYS if key not in state]
-    extra = [f"{str(key)[:40]} unknown" for key in state if key not in KEYS]
+    extra = [f"{key!r:.40} unknown" for key in state if key not in KEYS]
     if missing or extra:
         said = ", ".join((missing + extra)[:8])
         return f"not a checkpoint of this project ({said}); {ADVICE}"
@@ -337,7 +337,7 @@ def load_weights(network: nn.Module, weights: Mapping[str, Tensor], path: Path) 
     for name in [*own, *weights]:
         if name not in weights or name not in own:
             word = "missing" if name in own else "unknown"
-            raise UserError(f"{path}: the weight {name} is {word}, by the network that its config describes; {ADVICE}")
+            raise UserError(f"{path}: the weight {name!r:.80} is {word}, by the network that its config describes; {ADVICE}")
         value, target = weights[name], own[name]
         if value.shape != target.shape:
             raise UserError(f"{path}: the weight {name} has the shape {tuple(value.shape)}, where the network that its "

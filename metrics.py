@@ -94,7 +94,7 @@ class Features:
 
 @torch.no_grad()
 def extract(extractor: Extractor, images: Tensor, batch: int = 500, device: torch.device | str = "cpu") -> Features:
-    """Penultimate features and class probabilities of uint8 images [N, 1, 28, 28]; moves the extractor to the device."""
+    """Features and class probabilities of uint8 images [N, 1, 28, 28]; moves the extractor to the device."""
     extractor = extractor.to(device).eval()
     features, probabilities = [], []
     for chunk in images.split(batch):
@@ -297,11 +297,11 @@ def discretised_log_likelihood(images: Tensor, mean: Tensor, std: float) -> Tens
     level, mean = images.double(), mean.to(images.device).double()
     lower = torch.where(images == 0, -math.inf, ((level - 0.5) / 127.5 - 1 - mean) / std)
     upper = torch.where(images == 255, math.inf, ((level + 0.5) / 127.5 - 1 - mean) / std)
-    # Mirrored into the lower tail, where log Phi keeps its digits; log(Phi(upper) - Phi(lower)) as a difference of logs.
+    # Mirrored into the lower tail, where log Phi keeps its digits.
     mirrored = lower > 0
     lower, upper = torch.where(mirrored, -upper, lower), torch.where(mirrored, -lower, upper)
-    log_upper = torch.special.log_ndtr(upper)
-    return log_upper + (-torch.expm1(torch.special.log_ndtr(lower) - log_upper)).log()
+    log_upper, log_lower = torch.special.log_ndtr(upper), torch.special.log_ndtr(lower)
+    return log_upper + (-torch.expm1(log_lower - log_upper)).log()  # log(Phi(upper) - Phi(lower))
 
 
 def prior_term(schedule: NoiseSchedule, x0: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ PAPER, INK, FAINT = 255, 40, 100  # grey levels of the page, its text and its sm
 BLUE, ORANGE, GREEN, GREY = "#0072b2", "#d55e00", "#009e73", "#8a8a8a"  # colour-blind-safe (Okabe and Ito)
 INK_COLOUR = "#404040"
 COLOURS = (BLUE, ORANGE, GREEN, "#cc79a7", "#e69f00", "#56b4e9", GREY)
-STYLE = {
+STYLE: Any = {
     "figure.dpi": 150, "font.size": 9, "axes.titlesize": 10, "axes.titlelocation": "left", "axes.titlepad": 8,
     "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": "#606060", "axes.linewidth": 0.8,
     "xtick.color": "#404040", "ytick.color": "#404040", "axes.labelcolor": "#404040", "lines.linewidth": 1.6,

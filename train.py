@@ -108,10 +108,8 @@ def train(state: State, config: Config, digits: tuple[Digits, Digits], runtime: 
     speed = SpeedReport(state.step)
     last_save, bad = time.perf_counter(), 0
     state.network.train()
-    bar = tqdm(total=length, initial=state.step, unit_scale=options.batch_size, unit="img", disable=not runtime.first,
+    bar = tqdm(total=length if options.minutes is None else None, initial=state.step, unit_scale=options.batch_size, unit="img", disable=not runtime.first,
                dynamic_ncols=True, mininterval=0.5, smoothing=0.05)
-    if options.minutes is not None:
-        bar.total = None
     with StopSignals() as stop, bar:
         while True:
             state.history["seconds"] = minutes_before + time.perf_counter() - started

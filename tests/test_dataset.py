@@ -1,0 +1,258 @@
+"""dataset.py: batches as a function of (seed, step), and no file is used that is not what it has to be."""
+
+import functools
+import gzip
+import hashlib
+import http.server
+import os
+import struct
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+import dataset
+from config import Config, UserError
+
+NAMES = [name for names in dataset.FILES.values() for name in names]
+IMAGES, LABELS = dataset.FILES["train"]
+
+
+def idx_files(train: int = 12, test: int = 7) -> dict[str, bytes]:
+    """The content of four small IDX files; every byte of the images differs from those beside it."""
+    files = {}
+    for (images, labels), n in zip(dataset.FILES.values(), (train, test)):
+        files[images] = struct.pack(">4I", 0x803, n, 28, 28) + bytes((7 * i + n) % 251 for i in range(n * 784))
+        files[labels] = struct.pack(">2I", 0x801, n) + bytes((i + n) % 10 for i in range(n))
+    return files
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for name, data in idx_files().items():
+        (tmp_path / name).write_bytes(data)
+    return tmp_path
+
+
+@pytest.fixture
+def mnist(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A data folder whose "MNIST" is the small set, known by its MD5s."""
+    raw = tmp_path / "mnist" / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for name, data in idx_files().items():
+        (raw / name).write_bytes(data)
+        monkeypatch.setitem(dataset.MNIST_MD5, name, hashlib.md5(data).hexdigest())
+    return tmp_path
+
+
+# Batches
+
+
+def test_every_epoch_is_a_full_permutation_and_differs_from_the_others() -> None:
+    n, size = 60, 15
+    epochs = [torch.cat([dataset.batch_indices(3, epoch * 4 + k, size, n) for k in range(4)]) for epoch in range(3)]
+    for epoch in epochs:
+        assert epoch.dtype == torch.int64 and sorted(epoch.tolist()) == list(range(n))
+    assert len({tuple(epoch.tolist()) for epoch in epochs}) == 3
+
+
+@pytest.mark.parametrize("size", [1, 7, 64, 150])
+def test_batches_of_any_size_cut_the_same_stream(size: int) -> None:
+    """Straddling one epoch's end or several; asked for in any order."""
+    n = 60
+    whole = dataset.batch_indices(0, 0, 600, n)
+    steps = list(range(600 // size))
+    for step in reversed(steps):
+        assert dataset.batch_indices(0, step, size, n).equal(whole[step * size:(step + 1) * size])
+
+
+def test_seeds_give_unrelated_orders() -> None:
+    """A sum of seed and epoch would make epoch 1 of seed 0 the epoch 0 of seed 1."""
+    first = dataset.batch_indices(0, 1, 60, 60)
+    assert not first.equal(dataset.batch_indices(1, 0, 60, 60))
+    assert not first.equal(dataset.batch_indices(2**40, 1, 60, 60))
+
+
+def test_a_batch_is_a_copy() -> None:
+    dataset.batch_indices(0, 0, 60, 60).zero_()
+    assert dataset.batch_indices(0, 0, 60, 60).unique().numel() == 60
+
+
+# IDX files
+
+
+def test_idx_content(folder: Path) -> None:
+    digits = dataset.load_idx(folder, "test")
+    raw = idx_files()
+    assert len(digits) == 7 and digits.images.shape == (7, 1, 28, 28) and digits.images.dtype == torch.uint8
+    assert bytes(digits.images.flatten().tolist()) == raw["t10k-images-idx3-ubyte"][16:]
+    assert digits.labels.dtype == torch.int64 and digits.labels.tolist() == [7, 8, 9, 0, 1, 2, 3]
+    digits.images.zero_()  # writable
+    assert digits.to("meta").labels.device.type == "meta"
+
+
+def test_idx_in_raw_subfolder_and_gzipped(tmp_path: Path) -> None:
+    (tmp_path / "MNIST" / "raw").mkdir(parents=True)
+    for name, data in idx_files().items():
+        (tmp_path / "MNIST" / "raw" / f"{name}.gz").write_bytes(gzip.compress(data))
+    assert len(dataset.load(Config(dataset="idx", data_dir=tmp_path), "train")) == 12
+
+
+HEADER = struct.pack(">4I", 0x803, 12, 28, 28)
+DAMAGED = {
+    "truncated": (IMAGES, lambda data: data[:-100], r"truncated: 9,324 bytes, where its header promises 9,424"),
+    "empty": (LABELS, lambda data: b"", "truncated: 0 bytes"),
+    "header only in part": (IMAGES, lambda data: data[:9], "truncated: 9 bytes"),
+    "too long": (LABELS, lambda data: data + b"\0", "too long: more than the 20 bytes"),
+    "labels for images": (IMAGES, lambda data: idx_files()[LABELS], "it holds labels where images are expected"),
+    "images for labels": (LABELS, lambda data: idx_files()[IMAGES], "it holds images where labels are expected"),
+    "no IDX file": (IMAGES, lambda data: b"<html>not found, sorry</html>", r"not an IDX file of images \(it starts with"),
+    "32 pixels": (IMAGES, lambda data: struct.pack(">4I", 0x803, 12, 32, 32) + data[16:], "32x32 pixels, not 28x28"),
+    "no images": (IMAGES, lambda data: struct.pack(">4I", 0x803, 0, 28, 28), "promises 0 images"),
+    "billions": (IMAGES, lambda data: struct.pack(">4I", 0x803, 2**32 - 1, 28, 28) + data[16:], "promises 4,294,967,295"),
+    "fewer labels": (LABELS, lambda data: struct.pack(">2I", 0x801, 11) + data[8:-1], "12 images, but .* 11 labels"),
+    "label 10": (LABELS, lambda data: data[:10] + b"\x0a" + data[11:], "image 2 has the label 10"),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGED)
+def test_damaged_idx_file(folder: Path, case: str) -> None:
+    name, damage, message = DAMAGED[case]
+    (folder / name).write_bytes(damage((folder / name).read_bytes()))
+    with pytest.raises(UserError, match=message) as caught:
+        dataset.load_idx(folder, "train")
+    assert name in str(caught.value) and "\n" not in str(caught.value)
+    assert len(dataset.load_idx(folder, "test")) == 7
+
+
+def test_gzip_that_is_damaged_or_a_bomb(folder: Path) -> None:
+    data = gzip.compress((folder / IMAGES).read_bytes() + bytes(10**7))
+    (folder / IMAGES).unlink()
+    for content, message in ((data, "too long"), (data[:40], "can't be read"), (b"x" * 50, "can't be read")):
+        (folder / f"{IMAGES}.gz").write_bytes(content)
+        with pytest.raises(UserError, match=message):
+            dataset.load_idx(folder, "train")
+
+
+def test_missing_idx_file(folder: Path) -> None:
+    (folder / LABELS).unlink()
+    (folder / LABELS).mkdir()  # a folder is not a file
+    with pytest.raises(UserError, match=f"{LABELS}: there is no such file.*--data-dir"):
+        dataset.load_idx(folder, "train")
+    with pytest.raises(UserError, match="there is no such file"):
+        dataset.load_idx(folder / "nowhere", "train")
+
+
+# MNIST
+
+
+def test_mnist_is_known_by_its_md5(mnist: Path) -> None:
+    assert len(dataset.load_mnist(mnist, "train")) == 12
+    path = mnist / "mnist" / "MNIST" / "raw" / IMAGES
+    data = bytearray(path.read_bytes())
+    data[5000] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=f"{IMAGES}: wrong content .MD5 .*; delete it to have it downloaded again"):
+        dataset.load_mnist(mnist, "train")
+
+
+def test_mnist_swapped_files_are_named(mnist: Path) -> None:
+    path = mnist / "mnist" / "MNIST" / "raw" / IMAGES
+    path.write_bytes(idx_files()["t10k-images-idx3-ubyte"])
+    with pytest.raises(UserError, match=rf"{IMAGES}: it holds t10k-images-idx3-ubyte \(swapped\?\)"):
+        dataset.load_mnist(mnist, "train")
+
+
+def test_mnist_md5s_are_those_of_the_real_files() -> None:
+    """Of the four files unpacked, in the order train images, train labels, test images, test labels."""
+    assert [dataset.MNIST_MD5[name] for name in NAMES] == [
+        "6bbc9ace898e44ae57da46a324031adb", "a25bea736e30d166cdddb491f175f624",
+        "2646ac647ad5339dbf082846283269ea", "27ae3e4e09519cfbb04c329615203637"]
+
+
+class Mirror:
+    """Serves gzipped files on this machine, and notes what was asked for."""
+
+    def __init__(self, files: dict[str, bytes], folder: Path) -> None:
+        for name, data in files.items():
+            (folder / f"{name}.gz").write_bytes(gzip.compress(data))
+        self.folder = folder
+
+    def __enter__(self) -> str:
+        handler = type("Quiet", (http.server.SimpleHTTPRequestHandler,), {"log_message": lambda *_: None})
+        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(handler, directory=self.folder))
+        threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        return f"http://127.0.0.1:{self.server.server_port}/"
+
+    def __exit__(self, *_: object) -> None:
+        self.server.shutdown()
+        self.server.server_close()
+
+
+@pytest.fixture
+def torchvision_mnist(mnist: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch):
+    """torchvision's MNIST, told the MD5s of the small set's .gz files; and a mirror of these."""
+    kind = pytest.importorskip("torchvision.datasets").MNIST
+    served = tmp_path_factory.mktemp("mirror")
+    with Mirror(idx_files(), served) as address:
+        resources = [(f"{name}.gz", hashlib.md5((served / f"{name}.gz").read_bytes()).hexdigest()) for name in NAMES]
+        monkeypatch.setattr(kind, "resources", resources)
+        monkeypatch.setattr(kind, "mirrors", ["http://127.0.0.1:9/", address])  # nobody listens at the first
+        yield kind, served
+
+
+def test_download_takes_the_mirror_that_works(mnist: Path, torchvision_mnist, capsys: pytest.CaptureFixture) -> None:
+    raw = mnist / "mnist" / "MNIST" / "raw"
+    for name in NAMES[1:]:
+        (raw / name).unlink()
+    (raw / NAMES[0]).touch()
+    before = (raw / NAMES[0]).stat().st_mtime_ns
+    assert len(dataset.load_mnist(mnist, "test")) == 7
+    assert sorted(path.name for path in raw.iterdir()) == sorted(NAMES) and list(raw.parent.iterdir()) == [raw]
+    assert (raw / NAMES[0]).stat().st_mtime_ns == before  # what was there is not overwritten
+    said = capsys.readouterr()
+    assert said.out.count("\n") == 1 and str(raw) in said.out and said.err == ""
+
+
+def test_download_without_a_network(mnist: Path, torchvision_mnist, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torchvision_mnist[0], "mirrors", ["http://127.0.0.1:9/one/", "http://127.0.0.1:9/two/"])
+    raw = mnist / "mnist" / "MNIST" / "raw"
+    (raw / IMAGES).unlink()
+    with pytest.raises(UserError, match="can't be downloaded .*9/one/: .*refused.*9/two/: .*put train-images") as caught:
+        dataset.load_mnist(mnist, "train")
+    assert "\n" not in str(caught.value) and list(raw.parent.iterdir()) == [raw]
+
+
+def test_download_of_damaged_files_changes_nothing(mnist: Path, torchvision_mnist, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchvision finds a .gz with the wrong MD5, and this project an unpacked file with the wrong one."""
+    kind, served = torchvision_mnist
+    raw = mnist / "mnist" / "MNIST" / "raw"
+    (raw / LABELS).unlink()
+    monkeypatch.setitem(dataset.MNIST_MD5, LABELS, "0" * 32)
+    with pytest.raises(UserError, match=f"{LABELS}: wrong content"):
+        dataset.load_mnist(mnist, "train")
+    (served / f"{LABELS}.gz").write_bytes(b"junk")
+    with pytest.raises(UserError, match="can't be downloaded .*corrupted"):
+        dataset.load_mnist(mnist, "train")
+    assert not (raw / LABELS).exists() and list(raw.parent.iterdir()) == [raw]
+
+
+def test_download_into_an_impossible_place(tmp_path: Path, torchvision_mnist) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="file/mnist/MNIST/raw: MNIST can't be stored there.*--data-dir"):
+        dataset.load_mnist(tmp_path / "file", "train")
+
+
+@pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="root may write everywhere")
+def test_download_into_a_folder_without_permission(tmp_path: Path, torchvision_mnist) -> None:
+    (tmp_path / "closed").mkdir(mode=0o500)
+    with pytest.raises(UserError, match="can't be stored there"):
+        dataset.load_mnist(tmp_path / "closed", "train")
+
+
+def test_only_the_first_process_downloads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(UserError, match="only the first process downloads it"):
+        dataset.load_mnist(tmp_path, "train")
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,131 @@
+"""Drawing: an image and its label follow from (seed, index) alone, whatever else is drawn beside it."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from config import DiffusionConfig, ModelConfig, SampleConfig, UserError
+from diffusion import NO_LABEL, make_schedule
+from model import UNet
+from runtime import Runtime
+from sample import Trace, choose_labels, draw
+from samplers import spaced_timesteps
+
+CPU = Runtime(torch.device("cpu"), bf16=False, compile=False)
+OPTIONS = SampleConfig(sampler="dpmpp", steps=3)
+COUNT = 130  # two whole chunks and a little
+
+
+@pytest.fixture(scope="module")
+def network():
+    """A small U-Net with random weights in every layer."""
+    torch.manual_seed(0)
+    unet = UNet(ModelConfig(channels=(8, 8, 16), blocks=(1, 1, 1), attention=(7,), embedding=16, groups=4)).eval().requires_grad_(False)
+    for parameter in unet.parameters():
+        if not parameter.any():
+            parameter.normal_(std=0.1)
+    return unet.to(memory_format=torch.channels_last)
+
+
+@pytest.fixture(scope="module")
+def schedule():
+    return make_schedule(DiffusionConfig(timesteps=100))
+
+
+@pytest.mark.parametrize("options", [
+    OPTIONS,
+    replace(OPTIONS, sampler="ddpm"),
+    replace(OPTIONS, sampler="ddpm", variance="upper", guidance=2.0),
+    replace(OPTIONS, sampler="ddim", eta=0.5),
+    replace(OPTIONS, sampler="unipc", guidance=1.5),
+], ids=["dpmpp", "ddpm", "ddpm-guided", "ddim", "unipc-guided"])
+def test_an_image_is_bitwise_the_same_alone_and_among_many(network, schedule, options):
+    def drawn(indices):
+        return draw(network, schedule, options, 7, indices, choose_labels(None, 7, indices), CPU)
+
+    everything = drawn(range(COUNT))
+    assert everything.shape == (COUNT, 1, 28, 28) and everything.dtype == torch.float32 and everything.device.type == "cpu"
+    assert torch.isfinite(everything).all() and len(everything.flatten(1).unique(dim=0)) == COUNT
+    for indices in ([0], [37], [63], [64], [COUNT - 1], [COUNT - 1, 3, 70, 2], range(60, 68)):
+        assert torch.equal(drawn(indices), everything[list(indices)]), indices
+
+
+def test_images_follow_from_the_seed(network, schedule):
+    labels = torch.zeros(4).long()
+    one, again, other = (draw(network, schedule, OPTIONS, seed, range(4), labels, CPU) for seed in (1, 1, 2))
+    assert torch.equal(one, again)
+    assert not any(torch.equal(a, b) for a in one for b in other)
+
+
+def test_every_label_reaches_its_own_image(schedule):
+    """With a network that answers x0 = label / 20, the images are their labels."""
+    answers = replace(schedule, prediction="x0")
+    indices = [129, 4, 64, 5, 0]
+    labels = torch.tensor([9, 1, 8, 0, 3])
+    images = draw(lambda x, t, label: (label / 20)[:, None, None, None].expand_as(x), answers, OPTIONS, 0, indices, labels, CPU)
+    assert torch.equal(images, (labels / 20)[:, None, None, None].expand(5, 1, 28, 28))
+
+
+def test_the_network_is_given_chunks_of_one_size(schedule):
+    sizes = []
+
+    def network(x, t, label):
+        sizes.append(len(x))
+        return torch.zeros_like(x)
+
+    for guidance in (1.0, 2.0):
+        draw(network, schedule, replace(OPTIONS, guidance=guidance), 0, range(70), torch.zeros(70).long(), CPU)
+    assert sizes == [CPU.chunk] * 2 * OPTIONS.steps + [2 * CPU.chunk] * 2 * OPTIONS.steps
+
+
+def test_the_noise_is_standard_normal_and_its_own_for_each_image(schedule):
+    """With a denoiser of zero and one ancestral step short of the end, what remains is noise."""
+    start = Trace([], [], [])
+    seen = []
+
+    def network(x, t, label):
+        seen.append(x.clone())
+        return torch.zeros_like(x)
+
+    draw(network, replace(schedule, prediction="x0"), replace(OPTIONS, sampler="ddpm"), 3, range(64), torch.zeros(64).long(), CPU, start)
+    first, second = seen[0], seen[1]
+    assert start.timesteps == spaced_timesteps(100, 3) and len(start.states) == 4 and len(start.problems) == 3
+    assert abs(first.mean()) < 0.02 and abs(first.std() - 1) < 0.02
+    correlation = torch.corrcoef(first.flatten(1)) - torch.eye(64)
+    assert correlation.abs().max() < 0.2
+    s = start.timesteps[1]
+    assert abs(second.std() - schedule.sigma[s].item()) < 0.02
+    fresh = second - second.flatten().dot(first.flatten()) / first.square().sum() * first
+    assert fresh.std() > 0.5 * second.std()  # new noise came in
+
+
+def test_a_state_that_is_not_finite_is_a_user_error(schedule):
+    with pytest.raises(UserError, match="finite"):
+        draw(lambda x, t, label: x * float("nan"), schedule, OPTIONS, 0, [0], torch.tensor([1]), CPU)
+
+
+def test_more_steps_than_timesteps_is_a_user_error(network, schedule):
+    with pytest.raises(UserError, match="--steps 101"):
+        draw(network, schedule, replace(OPTIONS, steps=101), 0, [0], torch.tensor([1]), CPU)
+
+
+def test_digits_are_cycled_over_the_indices():
+    assert choose_labels("0123456789", 0, range(12)).tolist() == [*range(10), 0, 1]
+    assert choose_labels("7", 5, range(3)).tolist() == [7, 7, 7]
+    assert choose_labels("305", 0, [7, 0, 2]).tolist() == [0, 3, 5]
+    assert choose_labels("none", 0, range(3)).tolist() == [NO_LABEL] * 3
+    for digits in (None, "12", "none"):
+        labels = choose_labels(digits, 0, range(4))
+        assert labels.dtype == torch.int64 and labels.shape == (4,)
+
+
+def test_random_digits_are_uniform_and_follow_from_seed_and_index():
+    labels = choose_labels(None, 0, range(5000))
+    counts = torch.bincount(labels, minlength=10)
+    assert len(counts) == 10 and ((counts - 500.0) ** 2 / 500).sum() < 30  # chi-square with 9 degrees of freedom
+    pairs = torch.bincount(labels[:-1] * 10 + labels[1:], minlength=100)
+    assert ((pairs - 50.0) ** 2 / 50).sum() < 150  # neighbours are independent: 99 degrees of freedom
+    indices = [4999, 17, 0]
+    assert torch.equal(choose_labels(None, 0, indices), labels[indices])
+    assert (choose_labels(None, 1, range(5000)) == labels).float().mean() < 0.13
