@@ -337,7 +337,8 @@ def load_weights(network: nn.Module, weights: Mapping[str, Tensor], path: Path) 
     for name in [*own, *weights]:
         if name not in weights or name not in own:
             word = "missing" if name in own else "unknown"
-            raise UserError(f"{path}: the weight {name!r:.80} is {word}, by the network that its config describes; {ADVICE}")
+            raise UserError(f"{path}: the weight {name!r:.80} is {word}, for the network that its config describes; "
+                            f"{ADVICE}")
         value, target = weights[name], own[name]
         if value.shape != target.shape:
             raise UserError(f"{path}: the weight {name} has the shape {tuple(value.shape)}, where the network that its "

@@ -86,8 +86,8 @@ class Config:
 
     mode: Literal["train", "sample", "evaluate"] = "train"  # what `python run.py` does
     name: str | None = None  # name of the run, in checkpoints/ and results/; unset: the data set's name
-    dataset: Literal["mnist", "idx"] = "mnist"  # mnist: verified and downloaded; idx: any four IDX files
-    data_dir: Path = Path("dataset")  # folder of the data; MNIST goes to <data-dir>/mnist/MNIST/raw
+    dataset: Literal["auto", "mnist", "generated", "idx"] = "auto"  # auto: mnist, else, offline, the generated digits
+    data_dir: Path = Path("dataset")  # MNIST goes to <data-dir>/mnist/MNIST/raw; idx: folder of the four IDX files
     seed: int = 0  # every random number follows from it
     device: str = "auto"  # cuda, mps, cpu, or auto: the first of these that is there
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 on CUDA, fp32 elsewhere
@@ -177,7 +177,7 @@ def validate(config: Config) -> None:
 
 def run_name(config: Config) -> str:
     """Name of the run's folders in checkpoints/ and results/."""
-    return config.name or config.dataset
+    return config.name or ("mnist" if config.dataset == "auto" else config.dataset)
 
 
 def parse(argv: list[str]) -> Config:

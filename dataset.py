@@ -15,7 +15,7 @@ import struct
 import tempfile
 import zlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from http.client import HTTPException
 from pathlib import Path
@@ -35,6 +35,15 @@ MNIST_MD5 = {"train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
              "train-labels-idx1-ubyte": "a25bea736e30d166cdddb491f175f624",
              "t10k-images-idx3-ubyte": "2646ac647ad5339dbf082846283269ea",
              "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637"}
+GENERATED = Path(__file__).resolve().parent / "dataset" / "generated"  # drawn by benchmarks/generate_digits.py
+GENERATED_MD5: dict[str, str] = {}  # of the unpacked files, as for MNIST
+NOTICE = """
+==============================================================================
+ NOT MNIST: these are the generated digits that come with the project, drawn
+ by its own model. Results are named "generated". For the real data set, put
+ MNIST's four files into its folder, or run again with a network.
+==============================================================================
+"""
 KINDS = {0x803: "images", 0x801: "labels"}  # the first four bytes of an IDX file
 SIZE, CLASSES = 28, 10
 MAX_IMAGES = 1_000_000  # so that a header, or a small .gz file, can't ask for all the memory there is
@@ -56,9 +65,35 @@ class Digits:
         return Digits(self.images.to(device), self.labels.to(device))
 
 
+def resolve(config: Config, runtime: Runtime) -> Config:
+    """The config with "auto" settled: MNIST if it is there or can be fetched, else, with a notice, the generated digits."""
+    if config.dataset != "auto":
+        return config
+
+    def choose() -> str:
+        folder = _mnist_folder(config.data_dir)
+        if all(_find(folder, name) is not None for name in MNIST_MD5):
+            return "mnist"
+        try:
+            download_mnist(config.data_dir)
+        except UserError as error:
+            print(f"{error}\n{NOTICE}", flush=True)
+            return "generated"
+        return "mnist"
+
+    return replace(config, dataset=runtime.only_first(choose))
+
+
 def load(config: Config, split: str) -> Digits:
     """The split, "train" or "test", of the data set that config means; raises UserError."""
-    return {"mnist": load_mnist, "idx": load_idx}[config.dataset](config.data_dir, split)
+    if config.dataset == "generated":
+        return load_generated(split)
+    return load_idx(config.data_dir, split) if config.dataset == "idx" else load_mnist(config.data_dir, split)
+
+
+def load_generated(split: str) -> Digits:
+    """The digits that come with the project, 9,000 to train and 1,000 to test, known by their MD5s; raises UserError."""
+    return _read_split(GENERATED, split, GENERATED_MD5, "get it again from the project's repository")
 
 
 def load_shared(config: Config, split: str, runtime: Runtime) -> Digits:

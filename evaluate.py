@@ -22,7 +22,7 @@ import metrics
 import plots
 import sample
 from config import Config, SampleConfig, UserError
-from dataset import Digits, load_shared
+from dataset import Digits, load_shared, resolve
 from diffusion import NO_LABEL, make_denoiser
 from runtime import Runtime, generator, to_uint8
 from sample import Trained
@@ -60,14 +60,15 @@ def run(config: Config, runtime: Runtime) -> None:
     count = config.sample.num_images or (SWEEP_IMAGES if config.evaluate.sweep else 10_000)
     if count < FEWEST:
         raise UserError(f"--num-images {count}: the measures need at least {FEWEST} images; draw more")
-    clock = sample.Clock(runtime)
+    clock, name = sample.Clock(runtime), configs.run_name(config)
     extractor = metrics.load_extractor()
     trained = sample.load_trained(config, runtime)
     sample.spaced_timesteps(trained.schedule.timesteps, config.sample.steps)
+    config = resolve(config, runtime)
     train, test = load_shared(config, "train", runtime), load_shared(config, "test", runtime)
     if min(len(train), len(test)) < FEWEST:
         raise UserError(f"{config.data_dir}: {min(len(train), len(test))} real images are too few to compare with; at least {FEWEST} are needed")
-    folder = sample.make_folder(Path("results") / configs.run_name(config))
+    folder = sample.make_folder(Path("results") / name)
     sample.announce(trained, config, runtime)
     if trained.data.get("name") != config.dataset:
         runtime.say(f"note: this checkpoint was trained on {trained.data.get('name')}, and is compared with {config.dataset}.")
@@ -87,7 +88,7 @@ def run(config: Config, runtime: Runtime) -> None:
 def make_reference(extractor: metrics.Extractor, train: Digits, test: Digits) -> Reference:
     train_features = metrics.extract(extractor, train.images).features
     test_features = metrics.extract(extractor, test.images)
-    distances = {"pixels": metrics.nearest(test.images, train.images)[0],
+    distances = {"pixels": metrics.nearest(test.images, train.images)[0] / 255,  # intensities in [0, 1]
                  "features": metrics.nearest(test_features.features, train_features)[0]}
     return Reference(extractor, train, test, train_features, test_features, metrics.texture_features(test.images), distances)
 
@@ -115,6 +116,7 @@ def measure(images: Tensor, reference: Reference, asked: Tensor | None = None, q
     if not quick:
         for space, queries, train in (("pixels", images, reference.train.images), ("features", features, reference.train_features)):
             distances, indices = metrics.nearest(queries, train)
+            distances = distances / 255 if space == "pixels" else distances
             row |= {f"nearest_{space}": distances.median().item(), f"memorisation_{space}":
                     metrics.memorisation(distances, reference.test_distances[space]), f"_{space}": (distances, indices)}
     return row

@@ -20,6 +20,7 @@ import checkpoint
 import config as configs
 import plots
 from config import Config, SampleConfig, UserError
+from dataset import NOTICE
 from diffusion import NO_LABEL, Network, NoiseSchedule, make_denoiser, make_schedule
 from model import UNet
 from runtime import Runtime, generator, seed_of, to_uint8
@@ -56,11 +57,18 @@ class Trace:
 def run(config: Config, runtime: Runtime) -> None:
     """Draws images from a checkpoint and writes them to results/<name>/."""
     clock = Clock(runtime)
+    config = own_run(config)
     trained = load_trained(config, runtime)
     clock.lap("load")
     announce(trained, config, runtime)
     write_samples(trained, config, runtime, clock)
     runtime.say(clock)
+
+
+def own_run(config: Config) -> Config:
+    """The config with the data set "auto" settled by which run there is, so that an offline run's name is found."""
+    runs = [name for name in ("mnist", "generated") if (Path("checkpoints") / name / checkpoint.LAST).exists()]
+    return replace(config, dataset="generated") if config.dataset == "auto" and runs == ["generated"] else config
 
 
 def load_trained(config: Config, runtime: Runtime) -> Trained:
@@ -86,6 +94,8 @@ def announce(trained: Trained, config: Config, runtime: Runtime) -> None:
     if config.sample.checkpoint is None and trained.path.name == "pretrained.pt":
         runtime.say(f"There is no checkpoint of your own in checkpoints/{configs.run_name(config)}/ yet, so these are the "
                     "weights that come with the project.")
+    if trained.data.get("name") == "generated":
+        runtime.say(NOTICE)
 
 
 def write_samples(trained: Trained, config: Config, runtime: Runtime, clock: "Clock") -> list[Path]:

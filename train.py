@@ -63,6 +63,7 @@ def run(config: Config, runtime: Runtime) -> int:
     if config.train.batch_size < runtime.world:
         raise UserError(f"--batch-size {config.train.batch_size}: fewer images than the {runtime.world} processes; "
                         "raise it, or start fewer")
+    config = dataset.resolve(config, runtime)
     name = configs.run_name(config)
     folder = Path("checkpoints") / name
     runtime.only_first(lambda: [sample.make_folder(f) and None for f in (folder, Path("results") / name)])
@@ -91,6 +92,8 @@ def run(config: Config, runtime: Runtime) -> int:
     drawing = replace(config, sample=replace(config.sample, checkpoint=path, write=None))
     sample.write_samples(sample.load_trained(drawing, runtime), drawing, runtime, clock)
     runtime.say(f"  {Path('results') / name / 'loss.png'}\n  {Path('results') / name / 'metrics.csv'}\n  {path}")
+    if config.dataset == "generated":
+        runtime.say(dataset.NOTICE)
     return 0
 
 
