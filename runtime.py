@@ -63,16 +63,29 @@ class Runtime:
 
     def only_first(self, work: Callable[[], Any]) -> Any:
         """Runs work in the first process and returns its result in every one; a UserError is raised in every one too."""
-        outcome: Any = None
-        if self.first:
-            try:
-                outcome = work(), None
-            except UserError as error:
-                outcome = None, str(error)
-        value, problem = self.from_first(outcome)
+        value, problem = self.from_first(_attempt(work) if self.first else None)
         if problem is not None:
             raise UserError(problem)
         return value
+
+    def everywhere(self, work: Callable[[], Any]) -> list[Any]:
+        """Runs work in every process and returns all results, by rank; a UserError in one is raised in every one."""
+        outcomes: list[Any] = [_attempt(work)]
+        if self.world > 1:
+            mine, outcomes = outcomes[0], [None] * self.world
+            dist.all_gather_object(outcomes, mine)
+        problem = next((said for _, said in outcomes if said is not None), None)
+        if problem is not None:
+            raise UserError(problem)
+        return [value for value, _ in outcomes]
+
+    def highest(self, *values: float) -> list[float]:
+        """The highest that any process has of each value, in every process."""
+        if self.world == 1:
+            return list(values)
+        box = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(box, dist.ReduceOp.MAX)
+        return box.tolist()
 
     def synchronize(self) -> None:
         """Waits for the device, before a clock is read."""
@@ -90,10 +103,19 @@ class Runtime:
         return f"CPU ({torch.get_num_threads()} threads)"
 
 
+def _attempt(work: Callable[[], Any]) -> tuple[Any, str | None]:
+    """What work returns, or the text of its UserError."""
+    try:
+        return work(), None
+    except UserError as error:
+        return None, str(error)
+
+
 @contextlib.contextmanager
 def start(config: Config) -> Iterator[Runtime]:
     """Chooses device and precision, and joins torchrun's other processes if there are any (gloo on CPUs, NCCL on GPUs)."""
     world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    choose_device(config.device, int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1)  # too few devices: all processes raise
     device = choose_device(config.device, int(os.environ.get("LOCAL_RANK", 0)))
     runtime = Runtime(device, _use_bf16(config.precision, device), _use_compile(config.compile, device), rank, world)
     if device.type == "cuda":
@@ -123,6 +145,8 @@ def choose_device(wanted: str, local_rank: int = 0) -> torch.device:
         raise UserError("--device mps: there is no Apple GPU here; leave --device out")
     device = torch.device(wanted)
     if device.type == "cuda":
+        if device.index is not None and local_rank > 0:
+            raise UserError(f"--device {wanted}: several processes can't share one device; leave the number out")
         index = local_rank if device.index is None else device.index
         if index >= torch.cuda.device_count():
             raise UserError(f"--device cuda:{index}: only {torch.cuda.device_count()} CUDA devices are here; choose a lower "
@@ -198,8 +222,10 @@ class StopSignals:
 
 
 def seed_of(*parts: int) -> int:
-    """63-bit seed that is a hash of non-negative integers, so that (seed, step) and (seed, image) never collide."""
-    low, high = np.random.SeedSequence(parts).generate_state(2)
+    """63-bit seed that is a hash of non-negative integers below 2**64, so that no two tuples, such as (seed, step) and
+    (seed, image), share a stream."""
+    words = [word for part in parts for word in (part & 0xFFFFFFFF, part >> 32)]
+    low, high = np.random.SeedSequence([len(parts), *words]).generate_state(2)  # the length, since it pads with zeros
     return int(low) | (int(high) & 0x7FFFFFFF) << 32
 
 

@@ -4,6 +4,7 @@ An image and all its noise follow from (seed, image index) alone: every image is
 fixed size, so that it comes out the same alone, among many, and on any number of processes.
 """
 
+import itertools
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -12,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
@@ -74,7 +74,10 @@ def own_run(config: Config) -> Config:
 def load_trained(config: Config, runtime: Runtime) -> Trained:
     """The network of the checkpoint that config means; its own stored config decides everything about it."""
     path = checkpoint.find(configs.run_name(config), config.sample.checkpoint)
-    state = checkpoint.load(path)
+    state: dict[str, Any] = {}
+    digests = runtime.everywhere(lambda: state.update(checkpoint.load(path)) or state["digest"])
+    if len(set(digests)) > 1:
+        raise UserError(f"{path}: a training run wrote it while the processes read it; try again")
     try:
         stored = configs.from_dict(Config, state["config"])
         configs.validate(stored)
@@ -102,7 +105,8 @@ def write_samples(trained: Trained, config: Config, runtime: Runtime, clock: "Cl
     """Draws what config.sample asks for and writes the pictures; prints and returns their paths."""
     options = config.sample
     spaced_timesteps(trained.schedule.timesteps, options.steps)  # an impossible number is answered before any work
-    folder = make_folder(Path("results") / configs.run_name(config))
+    folder = Path("results") / configs.run_name(config)
+    runtime.only_first(lambda: make_folder(folder))
     if options.write is not None:
         options = replace(options, digits=options.write)
     count = len(options.write) if options.write is not None else options.num_images or 256
@@ -111,14 +115,11 @@ def write_samples(trained: Trained, config: Config, runtime: Runtime, clock: "Cl
     trace = Trace([], [], [])
     x = draw(trained.network, trained.schedule, options, config.seed, indices, labels, runtime, trace, progress=True)
     clock.lap(f"draw {count} images in {options.steps} steps ({options.sampler})")
-    paths: list[Path] = []
-    if runtime.first:
-        images = to_uint8(x)
-        paths = write_pictures(folder, images, labels, trace, metadata(trained, options, config.seed), options, trained)
-        for path in paths:
-            print(f"  {path}")
+    paths = runtime.only_first(lambda: write_pictures(folder, to_uint8(x), labels, trace, metadata(trained, options, config.seed),
+                                                      options, trained))
+    for path in paths:
+        runtime.say(f"  {path}")
     clock.lap("write")
-    runtime.barrier()
     return paths
 
 
@@ -156,17 +157,18 @@ def draw(network: Network, schedule: NoiseSchedule, options: SampleConfig, seed:
     bar = tqdm(total=len(mine) * options.steps, desc="drawing", unit="step", leave=False,
                disable=not (progress and runtime.first))
     predict = _graphed(network, options, runtime) if runtime.device.type == "cuda" else network
-    with bar, torch.inference_mode(), runtime.autocast():
-        for number, positions in enumerate(mine):
-            watched = trace if number == 0 and runtime.first else None
-            numbers = [indices[position] for position in positions]
-            images[positions] = _draw_chunk(predict, schedule, options, seed, numbers, labels[positions], timesteps,
-                                            runtime, watched, bar)
-    if runtime.world > 1:
-        shares: list[Any] = [None] * runtime.world
-        dist.all_gather_object(shares, [(positions, images[positions].numpy()) for positions in mine])
-        for positions, values in (part for share in shares for part in share):
-            images[positions] = torch.from_numpy(values)
+
+    def draw_mine() -> list[tuple[list[int], Any]]:
+        with bar, torch.inference_mode(), runtime.autocast():
+            for number, positions in enumerate(mine):
+                watched = trace if number == 0 and runtime.first else None
+                numbers = [indices[position] for position in positions]
+                images[positions] = _draw_chunk(predict, schedule, options, seed, numbers, labels[positions], timesteps,
+                                                runtime, watched, bar)
+        return [(positions, images[positions].numpy()) for positions in mine]
+
+    for positions, values in itertools.chain(*runtime.everywhere(draw_mine)):
+        images[positions] = torch.from_numpy(values)
     return images
 
 

@@ -4,13 +4,13 @@ A step's images, timesteps and noise are a function of (seed, step), so a run th
 run that was not. Every process of torchrun takes its share of the same global batch.
 """
 
+import contextlib
 import csv
 import functools
 import hashlib
 import io
 import itertools
 import math
-import os
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -34,8 +34,8 @@ from diffusion import NO_LABEL, NoiseSchedule, diffusion_loss, make_schedule, st
 from model import UNet, count_parameters, gflop_per_image
 from runtime import Runtime, StopSignals, compiled, generator, seed_of, to_uint8, to_unit
 
-TRAIN_STREAM, TEST_STREAM = 1, 4  # of random numbers; sample.py owns 2 and 3
-SAVE_SECONDS = float(os.environ.get("SAVE_SECONDS", 30))  # a checkpoint at least this often
+TRAIN_STREAM, TEST_STREAM, DROPOUT_STREAM = 1, 4, 9  # of random numbers; sample.py owns 2 and 3
+SAVE_SECONDS = 30.0  # from one checkpoint to the next: what a kill costs
 TEST_IMAGES = 1000  # in the fixed-noise test loss
 LEVELS = 10  # bins of t in the loss by noise level
 BAD_STEPS = 20  # steps in a row without a finite loss after which a run stops
@@ -63,35 +63,37 @@ def run(config: Config, runtime: Runtime) -> int:
     if config.train.batch_size < runtime.world:
         raise UserError(f"--batch-size {config.train.batch_size}: fewer images than the {runtime.world} processes; "
                         "raise it, or start fewer")
+    sample.spaced_timesteps(config.diffusion.timesteps, config.sample.steps)  # of the drawing at the end: raises now
     config = dataset.resolve(config, runtime)
     name = configs.run_name(config)
-    folder = Path("checkpoints") / name
-    runtime.only_first(lambda: [sample.make_folder(f) and None for f in (folder, Path("results") / name)])
-    with checkpoint.lock(folder) if runtime.first else checkpoint.no_lock():
-        runtime.barrier()
-        path = folder / "last.pt"
-        if config.train.fresh:
-            runtime.only_first(lambda: set_aside(folder))
+    folder, results = Path("checkpoints") / name, Path("results") / name
+    path = folder / checkpoint.LAST
+    runtime.only_first(lambda: [sample.make_folder(f) and None for f in (folder, results)])
+    with contextlib.ExitStack() as held:
+        runtime.only_first(lambda: held.enter_context(checkpoint.lock(folder)))
         digits = dataset.load_shared(config, "train", runtime), dataset.load_shared(config, "test", runtime)
         state = new_state(config, runtime, describe(digits[0], config))
-        found = runtime.only_first(lambda: path.exists())
-        if found:
-            resume(state, path, config, runtime)
+        if config.train.fresh:
+            runtime.only_first(lambda: set_aside(folder, results))
+        saved = resume(state, path, config, runtime)
         length = run_length(config.train, len(digits[0]))
-        if found and progress_of(state, config.train, length) >= 1:
+        signal_number = None
+        if saved is None or progress_of(state, config.train, length) < 1:
+            say_what_comes(state, config, runtime, saved)
+            signal_number = train(state, config, digits, runtime, path, length)
+        elif runtime.only_first(lambda: is_drawn(results, path)):
             runtime.say(f"The run {name} is finished ({done(state, config.train)}, {path}). Draw with --mode sample, extend it with "
                         "a larger --epochs or --minutes, or start over with --fresh.")
             return 0
-        say_what_comes(state, config, runtime, found)
-        signal_number = train(state, config, digits, runtime, path, length)
     if signal_number is not None:
-        runtime.say(f"Stopped after step {state.step:,}; saved in {path}. Run the same command again to go on.")
+        again = "the same command again" + (" without --fresh" if config.train.fresh else "")
+        runtime.say(f"Stopped after step {state.step:,}; saved in {path}. Run {again} to go on.")
         return 128 + signal_number
     runtime.say(f"Training is finished ({done(state, config.train)}). Its averaged weights draw:")
     clock = sample.Clock(runtime)
     drawing = replace(config, sample=replace(config.sample, checkpoint=path, write=None))
     sample.write_samples(sample.load_trained(drawing, runtime), drawing, runtime, clock)
-    runtime.say(f"  {Path('results') / name / 'loss.png'}\n  {Path('results') / name / 'metrics.csv'}\n  {path}")
+    runtime.say(f"  {results / 'loss.png'}\n  {results / 'metrics.csv'}\n  {path}")
     if config.dataset == "generated":
         runtime.say(dataset.NOTICE)
     return 0
@@ -116,9 +118,9 @@ def train(state: State, config: Config, digits: tuple[Digits, Digits], runtime: 
     with StopSignals() as stop, bar:
         while True:
             state.history["seconds"] = minutes_before + time.perf_counter() - started
-            due = time.perf_counter() - last_save > SAVE_SECONDS
-            progress, signal_number, due = runtime.from_first((progress_of(state, options, length), stop.received, due))
-            if progress >= 1 or signal_number is not None:
+            due = time.perf_counter() - last_save > SAVE_SECONDS and not bad
+            progress, signal_number, due = runtime.highest(progress_of(state, options, length), stop.received or 0, due)
+            if progress >= 1 or signal_number:
                 break
             if due:
                 save(state, config, path, runtime)
@@ -132,8 +134,9 @@ def train(state: State, config: Config, digits: tuple[Digits, Digits], runtime: 
                 state.history["skipped"] += 1
                 bad += 1
                 if bad >= BAD_STEPS:
-                    raise UserError(f"the loss or its gradient was not finite in {bad} steps in a row, the last one step "
-                                    f"{state.step}: try a lower --lr, or --precision fp32; {path} holds the weights from before")
+                    kept = f"; {path} holds the weights from before" if runtime.only_first(lambda: path.exists()) else ""
+                    raise UserError(f"the loss or its gradient was not finite in {bad} steps in a row, the last one step {state.step}: "
+                                    f"start over with --fresh and a lower --lr, or --precision fp32{kept}")
             else:
                 bad = 0
                 state.history["running"][0] += loss
@@ -146,10 +149,10 @@ def train(state: State, config: Config, digits: tuple[Digits, Digits], runtime: 
             if milestone(epoch_before) != milestone(epoch):
                 record(state, config, schedule, digits[1], count, runtime)
                 bar.unpause()
-    if signal_number is None and state.history["running"][1]:
+    if progress >= 1 and state.history["running"][1]:
         record(state, config, schedule, digits[1], count, runtime)
     save(state, config, path, runtime)
-    return signal_number
+    return int(signal_number) or None
 
 
 def training_step(forward: nn.Module, state: State, schedule: NoiseSchedule, digits: Digits, config: Config,
@@ -160,6 +163,8 @@ def training_step(forward: nn.Module, state: State, schedule: NoiseSchedule, dig
     """
     options = config.train
     images, labels, t, noise = batch(config, state.step, digits, schedule.timesteps, runtime)
+    if config.model.dropout:
+        torch.manual_seed(seed_of(config.seed, DROPOUT_STREAM, state.step, runtime.rank))
     with runtime.autocast():
         losses = diffusion_loss(forward, schedule, images, labels, t, noise)
     # DistributedDataParallel averages over processes; the shares of the batch may differ by one image.
@@ -222,8 +227,12 @@ class Optimizer:
         return {name: part.state_dict() for name, part in self.parts.items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Raises LookupError, ValueError, TypeError or AttributeError for anything but the state of such an optimizer."""
         for name, part in self.parts.items():
             part.load_state_dict(state[name])
+            for weight, values in part.state.items():  # torch does not look at shapes
+                if any(value.ndim and value.shape != weight.shape for value in values.values()):
+                    raise ValueError("its shapes are not those of the weights")
 
 
 def as_matrix(weight: Tensor) -> Tensor:
@@ -266,26 +275,51 @@ def new_state(config: Config, runtime: Runtime, data: dict[str, Any]) -> State:
     return State(network, moving_average(network, config.train.ema), Optimizer(network, config.train), 0, history)
 
 
-def resume(state: State, path: Path, config: Config, runtime: Runtime) -> None:
-    """Fills state from a checkpoint; raises UserError where it is not of the same run, and changes nothing then."""
+def resume(state: State, path: Path, config: Config, runtime: Runtime) -> TrainConfig | None:
+    """Fills state from the run's checkpoint, if there is one, and returns the options that it was saved with.
+
+    Raises UserError, in every process and before anything is written, if it is damaged or not of this same run.
+    """
+    if runtime.only_first(lambda: is_there(path)):
+        return runtime.everywhere(lambda: read_state(state, path, config))[runtime.rank]
+    return None
+
+
+def is_there(path: Path) -> bool:
+    previous = path.with_name(checkpoint.PREVIOUS)
+    if not path.exists() and previous.exists():
+        raise UserError(f"{path}: it is gone, but {previous} is there: rename it to {path.name} to go on from there, or use --fresh")
+    return path.exists()
+
+
+def read_state(state: State, path: Path, config: Config) -> TrainConfig:
     saved = checkpoint.load(path)
+    try:
+        before = configs.from_dict(Config, saved["config"])
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
     changed = differences(saved["config"], configs.to_dict(config))
     if changed:
         raise UserError(f"{path} was trained with other settings ({'; '.join(changed)}): go back to those, choose another --name, "
                         "or start over with --fresh, which keeps the old file")
     if saved["model"] is None or saved["optimizer"] is None:
         raise UserError(f"{path} holds only averaged weights, so it can't be trained on: choose another --name, or use --fresh")
-    if saved["history"]["data"]["digest"] != state.history["data"]["digest"]:
-        raise UserError(f"{path} was trained on other images ({saved['history']['data']['name']}) than those found now: choose another "
-                        "--name, or start over with --fresh")
+    history = saved["history"]
+    if any(type(history.get(name)) is not type(value) for name, value in state.history.items()):
+        raise UserError(f"{path}: its history is not as this version writes it: choose another --name, or start over with --fresh")
+    theirs, ours = ((data.get("images"), data.get("digest")) for data in (history["data"], state.history["data"]))
+    if theirs != ours:
+        raise UserError(f"{path} was trained on other images ({theirs[0]}, digest {theirs[1]}) than those found now ({ours[0]}, digest "
+                        f"{ours[1]}): choose another --name, or start over with --fresh")
     checkpoint.load_weights(state.network, saved["model"], path)
     checkpoint.load_weights(state.average.module, saved["ema"], path)
     try:
         state.optimizer.load_state_dict(saved["optimizer"])
-    except (KeyError, ValueError, TypeError) as error:
+    except (LookupError, ValueError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: its optimizer state does not fit ({error}); start over with --fresh") from None
-    state.step, state.history = saved["step"], saved["history"]
+    state.step, state.history = saved["step"], history
     state.average.n_averaged.fill_(state.step - state.history["skipped"])
+    return before.train
 
 
 def differences(saved: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
@@ -301,17 +335,35 @@ def differences(saved: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
 
 def save(state: State, config: Config, path: Path, runtime: Runtime) -> None:
     """Writes the checkpoint, in the first process alone; a failure there ends all of them."""
-    runtime.only_first(lambda: checkpoint.save(path, {
-        "config": configs.to_dict(config), "model": state.network.state_dict(), "ema": state.average.module.state_dict(),
-        "optimizer": state.optimizer.state_dict(), "step": state.step, "history": state.history}))
+    def work() -> None:
+        if not all(torch.isfinite(weight).all() for weight in state.network.parameters()):
+            raise UserError(f"a weight is not finite after step {state.step}, so it is not saved, and {path} is left as it was: start "
+                            "over with --fresh and a lower --lr, or --precision fp32")
+        checkpoint.save(path, {
+            "config": configs.to_dict(config), "model": state.network.state_dict(), "ema": state.average.module.state_dict(),
+            "optimizer": state.optimizer.state_dict(), "step": state.step, "history": state.history})
+
+    runtime.only_first(work)
 
 
-def set_aside(folder: Path) -> None:
-    """Renames the checkpoints of an earlier run, for --fresh."""
-    for name in ("last.pt", "previous.pt"):
-        if (folder / name).exists():
-            number = next(n for n in itertools.count(1) if not (folder / f"old{n}-{name}").exists())
-            (folder / name).rename(folder / f"old{number}-{name}")
+def set_aside(folder: Path, results: Path) -> None:
+    """Keeps what an earlier run left under new names, for --fresh: checkpoints/NAME/old1-last.pt, results/NAME/old1/."""
+    number = next(n for n in itertools.count(1) if not (list(folder.glob(f"old{n}-*")) or (results / f"old{n}").exists()))
+    new = {path: results / f"old{number}" / path.name for path in results.iterdir() if path.is_file()}
+    new |= {folder / name: folder / f"old{number}-{name}" for name in (checkpoint.LAST, checkpoint.PREVIOUS) if (folder / name).exists()}
+    try:
+        for old_path, new_path in new.items():
+            new_path.parent.mkdir(exist_ok=True)
+            old_path.rename(new_path)
+    except OSError as error:
+        raise UserError(f"{folder}: its checkpoint can't be renamed for --fresh ({error.strerror}); make it writable, or choose "
+                        "another --name") from None
+
+
+def is_drawn(results: Path, path: Path) -> bool:
+    """Whether the pictures at the end of a run are newer than its checkpoint: a kill may have come before them."""
+    last = results / "samples.npz"
+    return last.exists() and last.stat().st_mtime >= path.stat().st_mtime
 
 
 def describe(digits: Digits, config: Config) -> dict[str, Any]:
@@ -338,8 +390,10 @@ def record(state: State, config: Config, schedule: NoiseSchedule, test: Digits, 
            "test_loss": float(np.mean(levels)), "skipped": state.history["skipped"],
            **{f"test_loss_t{round(i * size) + 1}-{round((i + 1) * size)}": level for i, level in enumerate(levels)},
            "seconds": round(state.history["seconds"], 1)}
-    for name, value in row.items():
-        state.history["columns"].setdefault(name, []).append(value)
+    columns = state.history["columns"]
+    before = max(map(len, columns.values()), default=0)
+    for name in {**columns, **row}:  # a run begun by another version may have other columns
+        columns.setdefault(name, [math.nan] * before).append(row.get(name, math.nan))
     state.history["running"] = [0.0, 0]
     folder = Path("results") / configs.run_name(config)
     if config.train.preview:
@@ -399,16 +453,24 @@ def reference(config: Config) -> dict[str, Any] | None:
     return for_plot(shipped["history"]["columns"], data["images"])
 
 
-def say_what_comes(state: State, config: Config, runtime: Runtime, going_on: bool) -> None:
+def say_what_comes(state: State, config: Config, runtime: Runtime, before: TrainConfig | None) -> None:
+    """Before a run; `before`: the options of a run that goes on, as they were when it was saved."""
     name, options = configs.run_name(config), config.train
-    aim = f"{options.minutes:g} minutes" if options.minutes is not None else f"{options.epochs} epochs"
-    runtime.say(f"Training {name} for {aim} on {runtime.name()}"
+    runtime.say(f"Training {name} for {aim(options)} on {runtime.name()}"
                 + (f", {runtime.world} processes" if runtime.world > 1 else "") + f", {'bf16' if runtime.bf16 else 'fp32'}: "
                 f"{count_parameters(state.network) / 1e6:.2f} M parameters, {gflop_per_image(config.model):.3f} GFLOP per image.")
-    if going_on:
-        rate = learning_rate(options, state.step, progress_of(state, options, run_length(options, state.history["data"]["images"])))
-        runtime.say(f"Going on with the run in checkpoints/{name} ({done(state, options)}); "
-                    f"the learning rate goes on from {rate:.2g}, as of a run of {aim}.")
+    if before is not None:
+        was, now = (learning_rate(o, state.step, progress_of(state, o, run_length(o, state.history["data"]["images"])))
+                    for o in (before, options))
+        runtime.say(f"Going on with the run in checkpoints/{name} ({done(state, options)}), at a learning rate of {now:.2g}.")
+        if aim(before) != aim(options):
+            end = "stays there" if options.lr_schedule == "constant" else "falls to zero at the new end"
+            runtime.say(f"Its length is now {aim(options)}, no longer {aim(before)}: the learning rate goes from {was:.2g} to {now:.2g}, "
+                        f"as if that had been its length from the start, and {end}.")
+
+
+def aim(options: TrainConfig) -> str:
+    return f"{options.minutes:g} minutes" if options.minutes is not None else f"{options.epochs} epochs"
 
 
 def done(state: State, options: TrainConfig) -> str:

@@ -1,4 +1,4 @@
-"""The mathematics of diffusion: schedules, q(x_t | x_0), the posterior, targets, loss and denoiser, against closed forms."""
+"""Schedules, q(x_t | x_0), the posterior, prediction targets, loss and denoiser, against closed forms."""
 
 import math
 import random
@@ -57,7 +57,8 @@ def pairs(timesteps, count=30):
 # Schedules
 
 
-@pytest.mark.parametrize("t, value", [(1, 0.9999), (100, 0.897018145675), (500, 0.0785872428818), (1000, 4.03582976538e-5)])
+@pytest.mark.parametrize("t, value", [(1, 0.9999), (100, 0.897018145675), (500, 0.0785872428818),
+                                      (1000, 4.03582976538e-5)])
 def test_linear_schedule_has_the_published_values(t, value):
     assert schedule_of("linear").alpha_bar[t].item() == pytest.approx(value, rel=1e-11)
 
@@ -148,7 +149,7 @@ def test_add_noise_takes_each_image_to_its_own_timestep():
 
 @pytest.mark.parametrize("name, timesteps", SCHEDULES)
 def test_posterior_is_bayes_rule(name, timesteps):
-    """q(x_s | x_t, x_0) is q(x_t | x_s) q(x_s | x_0), normalised: precisions add, and so do precision-weighted means."""
+    """q(x_s | x_t, x_0) is q(x_t | x_s) q(x_s | x_0), normalised: precisions add, as do the means weighted by them."""
     schedule = schedule_of(name, timesteps)
     x0, x_t = images(2, dtype=torch.float64), images(2, seed=5, dtype=torch.float64) * 3
     for t, s in pairs(timesteps):
@@ -183,7 +184,8 @@ def test_posterior_of_one_step_is_equation_7_of_ddpm(name):
 @pytest.mark.parametrize("name, timesteps", SCHEDULES)
 def test_posterior_leads_from_one_marginal_to_the_other(name, timesteps):
     """Integrated over q(x_t | x_0), q(x_s | x_t, x_0) is q(x_s | x_0)."""
-    schedule, zero, one = schedule_of(name, timesteps), torch.zeros((), dtype=torch.float64), torch.ones((), dtype=torch.float64)
+    schedule = schedule_of(name, timesteps)
+    zero, one = torch.tensor([0.0, 1.0], dtype=torch.float64)
     for t, s in pairs(timesteps):
         of_x_t, variance = posterior(schedule, zero, one, t, s)
         of_x0, _ = posterior(schedule, one, zero, t, s)
@@ -256,8 +258,9 @@ def test_weight_per_timestep(prediction):
 
 def test_weights_that_the_papers_name():
     ones = torch.ones(1001, dtype=torch.float64)
-    torch.testing.assert_close(loss_weights(schedule_of(prediction="noise", weighting="snr")), ones)  # 2006.11239, eq. 14
-    capped = loss_weights(schedule_of("linear", prediction="noise", weighting="min-snr"))  # 2303.09556: min(SNR, 5) / SNR
+    plain = loss_weights(schedule_of(prediction="noise", weighting="snr"))  # 2006.11239, eq. 14
+    torch.testing.assert_close(plain, ones)
+    capped = loss_weights(schedule_of("linear", prediction="noise", weighting="min-snr"))  # 2303.09556
     snr = schedule_of("linear").snr[1:]
     torch.testing.assert_close(capped[1:], (MIN_SNR_GAMMA / snr).clamp(max=1))
 
@@ -267,14 +270,14 @@ def test_one_guess_has_the_same_loss_whatever_the_network_predicts(weighting):
     """Three networks that mean the same x0_hat, asked for noise, x0 and v."""
     x0 = images(6)
     noise, wrong = noise_like(x0), images(6, seed=9).double()
-    t = torch.tensor([1, 100, 300, 500, 700, 950])
+    t, labels = torch.tensor([1, 100, 300, 500, 700, 950]), torch.zeros(6).long()
     losses = []
     for prediction in PREDICTIONS:
         schedule = schedule_of("linear", 1000, prediction, weighting)
         alpha, sigma = (values[t][:, None, None, None] for values in (schedule.alpha, schedule.sigma))
         noise_hat = (alpha * x0 + sigma * noise - alpha * wrong) / sigma
         answer = {"noise": noise_hat, "x0": wrong, "v": alpha * noise_hat - sigma * wrong}[prediction]
-        losses.append(diffusion_loss(lambda x, t, label, answer=answer: answer, schedule, x0, torch.zeros(6).long(), t, noise))
+        losses.append(diffusion_loss(lambda x, t, label, answer=answer: answer, schedule, x0, labels, t, noise))
     weight = schedule_of("linear").snr[t].clamp(max=MIN_SNR_GAMMA if weighting == "min-snr" else math.inf)
     expected = (weight * (wrong - x0).square().flatten(1).mean(1)).float()
     for loss in losses:
@@ -290,7 +293,8 @@ def test_unweighted_noise_loss_is_the_snr_weighted_loss_of_x0():
         return torch.tanh(x) + label[:, None, None, None]
 
     def same_guess(x, t, label):
-        return torch.cat([predicted_x0(plain, guess(x, t, label)[i:i + 1], x[i:i + 1], t[i].item()) for i in range(len(x))])
+        answers = zip(guess(x, t, label), x, t.tolist())
+        return torch.stack([predicted_x0(plain, answer, x_t, step) for answer, x_t, step in answers])
 
     torch.testing.assert_close(diffusion_loss(guess, plain, x0, labels, t, noise),
                                diffusion_loss(same_guess, weighted, x0, labels, t, noise), rtol=1e-4, atol=1e-6)
@@ -416,7 +420,8 @@ def test_guidance_zero_is_unlabelled_and_equal_halves_change_nothing():
     plain = make_denoiser(Recorder(), schedule, torch.full((3,), NO_LABEL))(x, 500)
     torch.testing.assert_close(make_denoiser(Recorder(), schedule, labels, 0.0)(x, 500), plain)
     deaf = Recorder(lambda x, t, label: 0.3 * x)
-    torch.testing.assert_close(make_denoiser(deaf, schedule, labels, 5.0)(x, 500), make_denoiser(deaf, schedule, labels)(x, 500))
+    guided, unguided = (make_denoiser(deaf, schedule, labels, guidance)(x, 500) for guidance in (5.0, 1.0))
+    torch.testing.assert_close(guided, unguided)
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)

@@ -21,7 +21,8 @@ COUNT = 130  # two whole chunks and a little
 def network():
     """A small U-Net with random weights in every layer."""
     torch.manual_seed(0)
-    unet = UNet(ModelConfig(channels=(8, 8, 16), blocks=(1, 1, 1), attention=(7,), embedding=16, groups=4)).eval().requires_grad_(False)
+    unet = UNet(ModelConfig(channels=(8, 8, 16), blocks=(1, 1, 1), attention=(7,), embedding=16, groups=4))
+    unet.eval().requires_grad_(False)
     for parameter in unet.parameters():
         if not parameter.any():
             parameter.normal_(std=0.1)
@@ -45,7 +46,7 @@ def test_an_image_is_bitwise_the_same_alone_and_among_many(network, schedule, op
         return draw(network, schedule, options, 7, indices, choose_labels(None, 7, indices), CPU)
 
     everything = drawn(range(COUNT))
-    assert everything.shape == (COUNT, 1, 28, 28) and everything.dtype == torch.float32 and everything.device.type == "cpu"
+    assert everything.shape == (COUNT, 1, 28, 28) and everything.dtype == torch.float32
     assert torch.isfinite(everything).all() and len(everything.flatten(1).unique(dim=0)) == COUNT
     for indices in ([0], [37], [63], [64], [COUNT - 1], [COUNT - 1, 3, 70, 2], range(60, 68)):
         assert torch.equal(drawn(indices), everything[list(indices)]), indices
@@ -60,11 +61,12 @@ def test_images_follow_from_the_seed(network, schedule):
 
 def test_every_label_reaches_its_own_image(schedule):
     """With a network that answers x0 = label / 20, the images are their labels."""
-    answers = replace(schedule, prediction="x0")
-    indices = [129, 4, 64, 5, 0]
-    labels = torch.tensor([9, 1, 8, 0, 3])
-    images = draw(lambda x, t, label: (label / 20)[:, None, None, None].expand_as(x), answers, OPTIONS, 0, indices, labels, CPU)
-    assert torch.equal(images, (labels / 20)[:, None, None, None].expand(5, 1, 28, 28))
+    def network(x, t, label):
+        return (label / 20)[:, None, None, None].expand_as(x)
+
+    indices, labels = [129, 4, 64, 5, 0], torch.tensor([9, 1, 8, 0, 3])
+    images = draw(network, replace(schedule, prediction="x0"), OPTIONS, 0, indices, labels, CPU)
+    assert torch.equal(images, network(images, None, labels))
 
 
 def test_the_network_is_given_chunks_of_one_size(schedule):
@@ -80,21 +82,21 @@ def test_the_network_is_given_chunks_of_one_size(schedule):
 
 
 def test_the_noise_is_standard_normal_and_its_own_for_each_image(schedule):
-    """With a denoiser of zero and one ancestral step short of the end, what remains is noise."""
-    start = Trace([], [], [])
-    seen = []
+    """With a denoiser of zero, what an ancestral step leaves is noise."""
+    trace, seen = Trace([], [], []), []
 
     def network(x, t, label):
         seen.append(x.clone())
         return torch.zeros_like(x)
 
-    draw(network, replace(schedule, prediction="x0"), replace(OPTIONS, sampler="ddpm"), 3, range(64), torch.zeros(64).long(), CPU, start)
-    first, second = seen[0], seen[1]
-    assert start.timesteps == spaced_timesteps(100, 3) and len(start.states) == 4 and len(start.problems) == 3
+    options, labels = replace(OPTIONS, sampler="ddpm"), torch.zeros(64).long()
+    draw(network, replace(schedule, prediction="x0"), options, 3, range(64), labels, CPU, trace)
+    first, second, _ = seen
+    assert trace.timesteps == spaced_timesteps(100, 3) and len(trace.states) == 4 and len(trace.problems) == 3
     assert abs(first.mean()) < 0.02 and abs(first.std() - 1) < 0.02
     correlation = torch.corrcoef(first.flatten(1)) - torch.eye(64)
     assert correlation.abs().max() < 0.2
-    s = start.timesteps[1]
+    s = trace.timesteps[1]
     assert abs(second.std() - schedule.sigma[s].item()) < 0.02
     fresh = second - second.flatten().dot(first.flatten()) / first.square().sum() * first
     assert fresh.std() > 0.5 * second.std()  # new noise came in

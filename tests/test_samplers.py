@@ -48,7 +48,7 @@ def standard_normal(schedule):
 
 
 class Basis:
-    """Noise as unit vectors: x holds the weight of each noise that went into it, so its variance is a sum of squares."""
+    """Noise as unit vectors: x holds the weight of each noise that went in, so its variance is a sum of squares."""
 
     def __init__(self, steps):
         self.vectors = torch.eye(steps + 1, dtype=torch.float64)
@@ -86,7 +86,8 @@ def test_timesteps_are_trailing():
     assert spaced_timesteps(1000, 3) == [1000, 667, 333, 0]
     assert spaced_timesteps(6, 6) == [6, 5, 4, 3, 2, 1, 0]
     for steps in (7, 25, 60, 999):
-        assert spaced_timesteps(1000, steps)[:-1] == np.round(1000 - np.arange(steps) * 1000 / steps).astype(int).tolist()
+        expected = np.round(1000 - np.arange(steps) * 1000 / steps).astype(int).tolist()
+        assert spaced_timesteps(1000, steps)[:-1] == expected
 
 
 @pytest.mark.parametrize("steps", [0, -1, 51])
@@ -121,8 +122,9 @@ def test_one_state_and_one_evaluation_per_step(name, options, timesteps):
 @pytest.mark.parametrize("name, options", DETERMINISTIC + STOCHASTIC)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_dtype_is_kept(name, options, dtype):
-    schedule, x = schedule_of("zero"), torch.randn(2, 1, 4, 4, generator=torch.Generator().manual_seed(0), dtype=dtype)
-    for _, x, x0_hat in states(name, standard_normal(schedule), schedule, x, spaced_timesteps(T, 6), lambda: x * 0, **options):
+    schedule, timesteps = schedule_of("zero"), spaced_timesteps(T, 6)
+    x = torch.randn(2, 1, 4, 4, generator=torch.Generator().manual_seed(0), dtype=dtype)
+    for _, x, x0_hat in states(name, standard_normal(schedule), schedule, x, timesteps, lambda: x * 0, **options):
         assert x.dtype == dtype and x0_hat.dtype == dtype
 
 
@@ -131,21 +133,26 @@ def test_dtype_is_kept(name, options, dtype):
 @pytest.mark.parametrize("steps", [1, 2, 5, T])
 def test_zero_terminal_snr_stays_finite(name, options, prediction, steps):
     schedule = NoiseSchedule(schedule_of("zero").alpha_bar, prediction)
-    denoise = make_denoiser(lambda x, t, label: torch.sin(3 * x) + t[:, None, None, None] / T, schedule, torch.tensor([1, 2]), 2.0)
-    x = torch.randn(2, 1, 4, 4, generator=torch.Generator().manual_seed(0))
-    for _, x, x0_hat in states(name, denoise, schedule, x, spaced_timesteps(T, steps), lambda: torch.ones_like(x), **options):
+
+    def network(x, t, label):
+        return torch.sin(3 * x) + t[:, None, None, None] / T
+
+    denoise = make_denoiser(network, schedule, torch.tensor([1, 2]), guidance=2.0)
+    x, timesteps = torch.randn(2, 1, 4, 4, generator=torch.Generator().manual_seed(0)), spaced_timesteps(T, steps)
+    for _, x, x0_hat in states(name, denoise, schedule, x, timesteps, lambda: torch.ones_like(x), **options):
         assert torch.isfinite(x).all() and x0_hat.abs().max() <= 1
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_the_last_state_is_the_last_estimate(name):
-    """At t = 0 there is no noise, so x is x0_hat: no noise is added in the last step, and a solver's is of first order."""
-    schedule = schedule_of(name)
+    """At t = 0 there is no noise: none is added in the last step, and a solver's last step is of first order."""
+    schedule, timesteps = schedule_of(name), spaced_timesteps(T, 10)
     for sampler, options in DETERMINISTIC + STOCHASTIC:
         basis = Basis(10)
-        seen = states(sampler, standard_normal(schedule), schedule, basis.start, spaced_timesteps(T, 10), basis, **options)
+        seen = states(sampler, standard_normal(schedule), schedule, basis.start, timesteps, basis, **options)
         torch.testing.assert_close(seen[-1][1], seen[-1][2], rtol=1e-12, atol=1e-12)
-        assert basis.used == (10 if (sampler, options) in STOCHASTIC else 1)  # one at the start, one in each step but the last
+        # One noise at the start, and one in each step but the last.
+        assert basis.used == (10 if (sampler, options) in STOCHASTIC else 1)
 
 
 # Data at a single point
@@ -178,10 +185,9 @@ def test_deterministic_samplers_keep_the_noise_of_a_point_mass(name, options, sc
 @pytest.mark.parametrize("name, options", [("ddpm", {}), ("ddim", {"eta": 1.0}), ("ddim", {"eta": 0.4}), ("ddim", {})])
 @pytest.mark.parametrize("schedule_name", SCHEDULES)
 def test_stochastic_samplers_keep_the_marginals_of_a_point_mass(name, options, schedule_name):
-    schedule, basis = schedule_of(schedule_name), Basis(13)
-    zero = torch.zeros_like(basis.start)
-    for s, x, _ in states(name, lambda x, t: zero, schedule, schedule.sigma[T] * basis.start, spaced_timesteps(T, 13), basis,
-                          **options):
+    schedule, basis, timesteps = schedule_of(schedule_name), Basis(13), spaced_timesteps(T, 13)
+    start = schedule.sigma[T] * basis.start
+    for s, x, _ in states(name, lambda x, t: torch.zeros_like(x), schedule, start, timesteps, basis, **options):
         assert x.square().sum().item() == pytest.approx(schedule.sigma[s].item() ** 2, rel=1e-9, abs=1e-15)
 
 
@@ -190,8 +196,9 @@ def test_stochastic_samplers_keep_the_marginals_of_a_point_mass(name, options, s
 
 @pytest.mark.parametrize("schedule_name", SCHEDULES)
 def test_ddim_with_eta_1_is_ancestral_sampling_for_any_pair(schedule_name):
-    schedule, draw, generator = schedule_of(schedule_name), random.Random(0), torch.Generator().manual_seed(0)
-    for t, s in [(T, 0), (1, 0), (T, T - 1), (2, 1)] + [sorted(draw.sample(range(T + 1), 2), reverse=True) for _ in range(40)]:
+    schedule, choose, generator = schedule_of(schedule_name), random.Random(0), torch.Generator().manual_seed(0)
+    pairs = [sorted(choose.sample(range(T + 1), 2), reverse=True) for _ in range(40)]
+    for t, s in [(T, 0), (1, 0), (T, T - 1), (2, 1), *pairs]:
         x, x0_hat, noise = torch.randn(3, 2, 4, generator=generator, dtype=torch.float64)
         ancestral = final("ddpm", lambda x, t: x0_hat, schedule, x, [t, s], lambda: noise)
         implicit = final("ddim", lambda x, t: x0_hat, schedule, x, [t, s], lambda: noise, eta=1.0)
@@ -278,8 +285,8 @@ def test_standard_normal_data_come_out_standard_normal_in_many_steps(name, optio
     schedule = schedule_of(schedule_name, 1000)
 
     def variance(steps):
-        basis = Basis(steps)
-        x = final(name, standard_normal(schedule), schedule, basis.start, spaced_timesteps(1000, steps), basis, **options)
+        basis, timesteps = Basis(steps), spaced_timesteps(1000, steps)
+        x = final(name, standard_normal(schedule), schedule, basis.start, timesteps, basis, **options)
         return x.square().sum().item()
 
     few, many = abs(variance(5) - 1), abs(variance(1000) - 1)
@@ -312,7 +319,8 @@ def integrate(denoise, schedule, x, timesteps, order, corrector):
             at, weights = h / 2 * (roots - 1), h / 2 * root_weights * np.exp(h / 2 * (roots - 1))
             if len(points) == 2:
                 at, weights = np.array([-h / 2]), np.array([1 - math.exp(-h)])
-            shares = [float(weights @ math.prod((at - other) / (node - other) for other in nodes if other != node)) for node in nodes]
+            shares = [float(weights @ math.prod((at - other) / (node - other) for other in nodes if other != node))
+                      for node in nodes]
         return sigma[s] / sigma[t] * x + alpha[s] * sum(share * value for share, (_, value) in zip(shares, points))
 
     points, base, found = [], x, []
@@ -328,8 +336,10 @@ def integrate(denoise, schedule, x, timesteps, order, corrector):
     return found
 
 
-@pytest.mark.parametrize("name, order, corrector", [("dpmpp", 1, False), ("dpmpp", 2, False), ("unipc", 1, True), ("unipc", 2, True),
-                                                    ("unipc", 3, True), ("unipc", 4, True)])
+@pytest.mark.parametrize("name, order, corrector", [
+    ("dpmpp", 1, False), ("dpmpp", 2, False),
+    ("unipc", 1, True), ("unipc", 2, True), ("unipc", 3, True), ("unipc", 4, True),
+])
 @pytest.mark.parametrize("schedule_name", SCHEDULES)
 @pytest.mark.parametrize("steps", STEPS)
 def test_multistep_solvers_integrate_their_polynomial(name, order, corrector, schedule_name, steps):
@@ -401,7 +411,7 @@ def mixture():
     ("unipc", {"order": 3}, (20, 40, 80), 3, 9),
 ])
 def test_error_falls_at_the_promised_order(mixture, name, options, steps, order, highest):
-    """The corrector raises UniPC's order by one, at order 2 to 3; its first, second-order steps allow no more than 3."""
+    """UniPC's corrector raises its order by one; above 3, the first steps, of lower order, set the limit."""
     end, schedule = 5000, mixture.schedule
     x = torch.linspace(-2.5, 2.5, 21, dtype=torch.float64)
     exact = mixture.flow(x, schedule.timesteps, end)
@@ -418,8 +428,9 @@ def test_higher_order_is_closer_at_twenty_steps(mixture):
     x = torch.linspace(-2.5, 2.5, 21, dtype=torch.float64)
     timesteps = [round(schedule.timesteps - (schedule.timesteps - end) * i / 20) for i in range(21)]
     exact = mixture.flow(x, schedule.timesteps, end)
-    error = {name: (final(name, mixture.denoise, schedule, x, timesteps) - exact).abs().mean() for name in ("ddim", "dpmpp", "unipc")}
-    assert error["unipc"] < error["dpmpp"] < error["ddim"]
+    ddim, dpmpp, unipc = ((final(name, mixture.denoise, schedule, x, timesteps) - exact).abs().mean()
+                          for name in ("ddim", "dpmpp", "unipc"))
+    assert unipc < dpmpp < ddim
 
 
 @pytest.mark.parametrize("name, options", STOCHASTIC)
