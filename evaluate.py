@@ -63,7 +63,8 @@ def run(config: Config, runtime: Runtime) -> None:
     clock, name = sample.Clock(runtime), configs.run_name(config)
     extractor = metrics.load_extractor()
     trained = sample.load_trained(config, runtime)
-    sample.spaced_timesteps(trained.schedule.timesteps, config.sample.steps)
+    if not config.evaluate.sweep:
+        sample.spaced_timesteps(trained.schedule.timesteps, config.sample.steps)  # an impossible number is answered now
     config = resolve(config, runtime)
     train, test = load_shared(config, "train", runtime), load_shared(config, "test", runtime)
     if min(len(train), len(test)) < FEWEST:
@@ -111,7 +112,7 @@ def measure(images: Tensor, reference: Reference, asked: Tensor | None = None, q
         "precision": overlap.precision, "recall": overlap.recall, "density": overlap.density, "coverage": overlap.coverage,
         "sure": metrics.sure_share(probabilities), "zeros": metrics.zero_share(images),
         "chi_square": statistic, "chi_square_p": p_value, "histogram": histogram.tolist()}
-    if wanted is not None:
+    if asked is not None and wanted is not None:
         row["asked"] = metrics.drawn_as_asked(probabilities, asked)
     if not quick:
         for space, queries, train in (("pixels", images, reference.train.images), ("features", features, reference.train_features)):
@@ -125,7 +126,9 @@ def measure(images: Tensor, reference: Reference, asked: Tensor | None = None, q
 def measure_all(trained: Trained, config: Config, reference: Reference | None, count: int, folder: Path, runtime: Runtime,
                 clock: sample.Clock) -> list[Path]:
     """The table of the model and its control rows, the bound, metrics.json, evaluation.png and neighbours.png."""
-    options, rows, drawn = config.sample, [], None
+    options = config.sample
+    rows: list[dict[str, Any]] = []
+    drawn: Tensor | None = None
     for seed in range(config.seed, config.seed + config.evaluate.seeds):
         labels = sample.choose_labels(options.digits, seed, range(count))
         began = time.perf_counter()
@@ -136,7 +139,7 @@ def measure_all(trained: Trained, config: Config, reference: Reference | None, c
             drawn = to_uint8(x) if drawn is None else drawn
             rows.append(measure(to_uint8(x), reference, labels) | {"seed": seed, "seconds": round(seconds, 1)})
             clock.lap("measure")
-    if reference is None:
+    if reference is None or drawn is None:
         runtime.barrier()
         return []
     controls = control_rows(reference, count, config.seed)
@@ -231,7 +234,10 @@ def sweep(trained: Trained, config: Config, reference: Reference | None, count: 
     indices = range(count)
     labels = sample.choose_labels(config.sample.digits, config.seed, indices)
     floor = control_rows(reference, count, config.seed, quick=True)["floor"] if reference is not None else {}
-    cells, seconds, quality, lines = {}, {}, {}, []
+    cells: dict[tuple[str, int], Tensor] = {}
+    seconds: dict[tuple[str, int], float] = {}
+    quality: dict[tuple[str, int], float] = {}
+    lines: list[dict[str, Any]] = []
     for sampler, steps in plan:
         options = SampleConfig(sampler=sampler, steps=steps, guidance=config.sample.guidance)  # type: ignore[arg-type]
         began = time.perf_counter()

@@ -328,7 +328,8 @@ def kl_terms(denoise: Denoiser, schedule: NoiseSchedule, x0: Tensor, strata: int
     posterior's variance (2006.11239, eq. 5 and 8; 2107.00630, eq. 13). One t is drawn in each of the strata, which
     hold equal probability of `timestep_proposal` (importance sampling as in 2102.09672, section 3.3).
     """
-    total, terms = torch.zeros(len(x0), dtype=torch.float64), {}
+    total = torch.zeros(len(x0), dtype=torch.float64)
+    terms: dict[int, Tensor] = {}
     if schedule.timesteps < 2:
         return total, terms
     proposal = timestep_proposal(schedule)
@@ -355,7 +356,8 @@ def bits_per_dim(denoise: Denoiser, schedule: NoiseSchedule, images: Tensor, str
     zero. The standard error comes from the scatter of batches, each with its own timesteps; it takes at least two.
     """
     decoder_std = default_decoder_std(schedule) if decoder_std is None else decoder_std
-    sizes, parts, by_timestep = [], [], {}
+    sizes, parts = [], []
+    by_timestep: dict[int, list[Tensor]] = {}
     for number, chunk in enumerate(tqdm(images.split(batch), desc="bound", leave=False, disable=not progress)):
         size, random = len(chunk), generator("cpu", seed, BOUND_STREAM, number)
         x0 = _padded(to_unit(chunk), batch).to(device)

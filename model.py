@@ -6,6 +6,7 @@ its twin on the way up. Knows no schedule, no loss and no sampler.
 """
 
 import math
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -26,10 +27,8 @@ class ResidualBlock(nn.Module):
         self.modulation = nn.Linear(config.embedding, 2 * channels)
         self.norm_out = nn.GroupNorm(config.groups, channels)
         self.dropout = nn.Dropout(config.dropout)
-        self.conv_out = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv_out = zeroed(nn.Conv2d(channels, channels, 3, padding=1))  # the block starts as the identity
         self.skip = nn.Identity() if channels_in == channels else nn.Conv2d(channels_in, channels, 1)
-        nn.init.zeros_(self.conv_out.weight)  # the block starts as the identity
-        nn.init.zeros_(self.conv_out.bias)
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         h = self.conv_in(F.silu(self.norm_in(x)))  # [B, C, H, W]
@@ -48,9 +47,7 @@ class Attention(nn.Module):
             self.heads -= 1
         self.norm = nn.GroupNorm(config.groups, channels)
         self.query_key_value = nn.Conv2d(channels, 3 * channels, 1)
-        self.out = nn.Conv2d(channels, channels, 1)
-        nn.init.zeros_(self.out.weight)
-        nn.init.zeros_(self.out.bias)
+        self.out = zeroed(nn.Conv2d(channels, channels, 1))
 
     def forward(self, x: Tensor) -> Tensor:
         size = x.shape[-2:]
@@ -99,27 +96,32 @@ class UNet(nn.Module):
             self.up.append(nn.ModuleList(Stage(2 * here, here, resolution, config) for _ in blocks))
 
         self.norm = nn.GroupNorm(config.groups, channels[0])
-        self.head = nn.Conv2d(channels[0], 1, 3, padding=1)
-        nn.init.zeros_(self.head.weight)
-        nn.init.zeros_(self.head.bias)
+        self.head = zeroed(nn.Conv2d(channels[0], 1, 3, padding=1))
 
     def forward(self, x: Tensor, t: Tensor, label: Tensor) -> Tensor:
         width = self.label.embedding_dim
         embedding = F.silu(self.time(time_features(t, width).to(x.dtype)) + self.label(label))  # [B, width]
         x = self.stem(x)  # [B, C28, 28, 28]
         skips = []
-        for level, stages in enumerate(self.down):
+        for level in range(len(self.down)):
             if level:
                 x = self.shrink[level - 1](x)  # [B, C14, 14, 14], then [B, C7, 7, 7]
-            for stage in stages:
+            for stage in cast(nn.ModuleList, self.down[level]):
                 x = stage(x, embedding)
                 skips.append(x)
         for level in reversed(range(len(self.up))):
-            for stage in self.up[level]:
+            for stage in cast(nn.ModuleList, self.up[level]):
                 x = stage(torch.cat([x, skips.pop()], dim=1), embedding)
             if level:
                 x = self.grow[level - 1](F.interpolate(x, scale_factor=2.0))  # [B, C14, 14, 14], then [B, C28, 28, 28]
         return self.head(F.silu(self.norm(x)))  # [B, 1, 28, 28]
+
+
+def zeroed(layer: nn.Conv2d) -> nn.Conv2d:
+    """The layer with all its parameters at zero."""
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)
+    return layer
 
 
 def time_features(t: Tensor, width: int) -> Tensor:

@@ -85,7 +85,7 @@ def load_trained(config: Config, runtime: Runtime) -> Trained:
         raise UserError(f"{path}: {error}") from None
     network = UNet(stored.model)
     checkpoint.load_weights(network, state["ema"], path)
-    network = network.eval().requires_grad_(False).to(runtime.device, memory_format=torch.channels_last)
+    network = network.eval().requires_grad_(False).to(runtime.device).to(memory_format=torch.channels_last)
     data = state["history"].get("data", {})
     return Trained(network, make_schedule(stored.diffusion), stored, checkpoint.weights_digest(state["ema"]),
                    state["step"], path, data)
@@ -230,7 +230,8 @@ def _graphed(network: Network, options: SampleConfig, runtime: Runtime) -> Netwo
 
 def solver_options(options: SampleConfig) -> dict[str, Any]:
     """The keywords that only one sampler has."""
-    return {"ddim": {"eta": options.eta}, "ddpm": {"variance": options.variance}}.get(options.sampler, {})
+    own: dict[str, dict[str, Any]] = {"ddim": {"eta": options.eta}, "ddpm": {"variance": options.variance}}
+    return own.get(options.sampler, {})
 
 
 def choose_labels(digits: str | None, seed: int, indices: Sequence[int]) -> Tensor:
@@ -286,7 +287,8 @@ class Clock:
     """The time of each phase, for one line at the end."""
 
     def __init__(self, runtime: Runtime) -> None:
-        self.runtime, self.laps, self.latest = runtime, [], time.perf_counter()
+        self.runtime, self.latest = runtime, time.perf_counter()
+        self.laps: list[tuple[str, float]] = []
 
     def lap(self, phase: str) -> None:
         self.runtime.synchronize()
