@@ -163,7 +163,7 @@ def measure_all(trained: Trained, config: Config, reference: Reference | None, c
     plots.save_evaluation(folder / "evaluation.png", {
         "histogram": {"model": rows[0]["histogram"], "test": metrics.class_histogram(reference.test_features.probabilities).tolist()},
         "by_timestep": {"t": list(bound.by_timestep), "bits": list(bound.by_timestep.values())},
-        "manifold": {name: row for name, row in (("model", average), ("real (floor)", controls["floor"]), ("noise", controls["noise"]))},
+        "manifold": {"model": average, "real (floor)": controls["floor"], "noise": controls["noise"]},
         "distances": {"model": rows[0]["_pixels"][0].numpy(), "test": reference.test_distances["pixels"].numpy()}}, origin)
     distances, indices = rows[0]["_pixels"]
     closest = distances.argsort()[:PAIRS]

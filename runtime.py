@@ -5,6 +5,7 @@ Knows nothing of diffusion.
 """
 
 import contextlib
+import importlib.util
 import os
 import shutil
 import signal
@@ -165,15 +166,9 @@ def _use_compile(wanted: str, device: torch.device) -> bool:
     if wanted == "off" or device.type == "mps":
         return False
     if device.type == "cuda":
-        return torch.utils._triton.has_triton() if hasattr(torch.utils, "_triton") else _importable("triton")
+        return importlib.util.find_spec("triton") is not None
     # On a CPU it takes a minute and gains nothing for this model (benchmarks/README.md), so only on request.
     return wanted == "on" and any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "g++", "clang++", "cl"))
-
-
-def _importable(module: str) -> bool:
-    import importlib.util
-
-    return importlib.util.find_spec(module) is not None
 
 
 def compiled(function: Callable[..., Any], runtime: Runtime, **options: Any) -> Callable[..., Any]:

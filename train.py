@@ -30,7 +30,7 @@ import plots
 import sample
 from config import Config, TrainConfig, UserError
 from dataset import Digits
-from diffusion import NO_LABEL, NoiseSchedule, diffusion_loss, make_schedule, stratified_timesteps
+from diffusion import NO_LABEL, Network, NoiseSchedule, diffusion_loss, make_schedule, stratified_timesteps
 from model import UNet, count_parameters, gflop_per_image
 from runtime import Runtime, StopSignals, compiled, generator, seed_of, to_uint8, to_unit
 
@@ -155,7 +155,7 @@ def train(state: State, config: Config, digits: tuple[Digits, Digits], runtime: 
     return int(signal_number) or None
 
 
-def training_step(forward: nn.Module, state: State, schedule: NoiseSchedule, digits: Digits, config: Config,
+def training_step(forward: Network, state: State, schedule: NoiseSchedule, digits: Digits, config: Config,
                   runtime: Runtime) -> float | None:
     """One step of all processes on the batch of (seed, step); the batch's mean loss, or None if the step was skipped.
 
@@ -206,8 +206,9 @@ class Optimizer:
         inner = [p for p in network.parameters() if p.ndim == 4 and min(p.shape[:2]) > 1 and options.optimizer == "muon"]
         chosen = {id(p) for p in inner}
         self.matrices = [(nn.Parameter(as_matrix(p.detach())), p) for p in inner]  # the same memory, seen as [out, in * k * k]
+        assert all(matrix.data_ptr() == p.data_ptr() for matrix, p in self.matrices)
         rest = [p for p in network.parameters() if id(p) not in chosen]
-        common = {"lr": options.lr, "weight_decay": options.weight_decay}
+        common: dict[str, Any] = {"lr": options.lr, "weight_decay": options.weight_decay}
         self.parts: dict[str, torch.optim.Optimizer] = {"adamw": torch.optim.AdamW(rest, betas=(0.9, 0.99), fused=True, **common)}
         if self.matrices:
             self.parts["muon"] = torch.optim.Muon([m for m, _ in self.matrices], adjust_lr_fn="match_rms_adamw", **common)
@@ -219,7 +220,8 @@ class Optimizer:
 
     def step(self) -> None:
         for matrix, parameter in self.matrices:
-            matrix.grad = as_matrix(parameter.grad)
+            if parameter.grad is not None:
+                matrix.grad = as_matrix(parameter.grad)
         for part in self.parts.values():
             part.step()
 
@@ -270,7 +272,7 @@ def progress_of(state: State, options: TrainConfig, length: int) -> float:
 
 def new_state(config: Config, runtime: Runtime, data: dict[str, Any]) -> State:
     torch.manual_seed(seed_of(config.seed))
-    network = UNet(config.model).to(runtime.device, memory_format=torch.channels_last)
+    network = UNet(config.model).to(runtime.device).to(memory_format=torch.channels_last)
     history = {"columns": {}, "running": [0.0, 0], "seconds": 0.0, "skipped": 0, "data": data}
     return State(network, moving_average(network, config.train.ema), Optimizer(network, config.train), 0, history)
 
@@ -470,7 +472,7 @@ def say_what_comes(state: State, config: Config, runtime: Runtime, before: Train
 
 
 def aim(options: TrainConfig) -> str:
-    return f"{options.minutes:g} minutes" if options.minutes is not None else f"{options.epochs} epochs"
+    return f"{options.minutes:g} minutes" if options.minutes is not None else f"{options.epochs} epoch{'s' * (options.epochs != 1)}"
 
 
 def done(state: State, options: TrainConfig) -> str:

@@ -22,7 +22,6 @@ drawn with 10 network evaluations, 2,000 images judged as in mode evaluate; the 
 """
 
 import argparse
-import contextlib
 import copy
 import json
 import os
@@ -73,7 +72,6 @@ class Contender:
     step: Callable[[float], None]
     draw: Callable[[int, int], tuple[Tensor, Tensor | None]]
     inputs: tuple[Tensor, ...]  # of the network, for one image, to count its operations
-    decays: bool = False  # its learning rate is fitted to the length of the run
 
 
 def ours(digits: Digits, runtime: Runtime, options: argparse.Namespace) -> Contender:
@@ -94,7 +92,7 @@ def ours(digits: Digits, runtime: Runtime, options: argparse.Namespace) -> Conte
         network = state.average.module.eval()
         return to_uint8(sample.draw(network, schedule, how, options.seed, range(count), labels, runtime)), labels
 
-    return Contender(state.network, step, draw, _inputs(runtime, labelled=True), decays=True)
+    return Contender(state.network, step, draw, _inputs(runtime, labelled=True))
 
 
 def diffusers(digits: Digits, runtime: Runtime, options: argparse.Namespace) -> Contender:
@@ -204,11 +202,11 @@ def measure_speed(digits: Digits, runtime: Runtime, options: argparse.Namespace)
             for name, c in contenders.items()}
 
 
-def runs(options: argparse.Namespace, decays: dict[str, bool]) -> Iterator[tuple[str, float, list[float]]]:
-    """(name, minutes, minutes at which to judge) of every training run, the short ones first."""
+def runs(options: argparse.Namespace) -> Iterator[tuple[str, float, list[float]]]:
+    """(name, minutes, minutes at which to judge) of every training run; only our rate decays with the run's length."""
     points = [options.minutes * fraction for fraction in FRACTIONS]
     for name in options.only:
-        if decays[name]:
+        if name == "ours":
             yield from ((name, minutes, [minutes]) for minutes in points)
         else:
             yield name, points[-1], points
@@ -234,9 +232,9 @@ def measure_quality(name: str, minutes: float, points: Sequence[float], digits: 
         synchronize(runtime.device)
         spent += clock() - began
         point = waiting.pop(0)
-        row = {"name": name, "minutes": point, "steps": steps, **judge(*contender.draw(QUALITY_IMAGES, STEPS))}
+        row = {"name": name, "minutes": point, "steps": steps, **judge(*contender.draw(options.images, STEPS))}
         if not waiting and point == options.minutes and options.long_steps:
-            row |= {f"long_{key}": value for key, value in judge(*contender.draw(QUALITY_IMAGES, options.long_steps)).items()}
+            row |= {f"long_{key}": value for key, value in judge(*contender.draw(options.images, options.long_steps)).items()}
             row["long_steps"] = options.long_steps
         yield row
 
@@ -266,6 +264,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="of the minutes; cpu: this process's share, over the threads")
     parser.add_argument("--only", nargs="+", choices=CONTENDERS, default=list(CONTENDERS), help="train these alone")
     parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--images", type=int, default=QUALITY_IMAGES, help="drawn for each Fréchet distance")
     parser.add_argument("--long-steps", type=int, default=50, help="steps of a second look at the end of each run; 0: none")
     parser.add_argument("--repeats", type=int, default=7, help="measurements of each speed, in turn")
     parser.add_argument("--threads", type=int, help="of the CPU; unset: torch's choice")
@@ -281,7 +280,7 @@ def main(argv: list[str]) -> None:
         raise UserError("--clock cpu: a GPU's work takes no CPU time; leave it out")
     runtime = Runtime(device, bf16=device.type == "cuda", compile=device.type == "cuda")
 
-    settings = {"minutes": options.minutes, "clock": options.clock, "batch": options.batch_size, "seed": options.seed}
+    settings = {"minutes": options.minutes, "clock": options.clock, "batch": options.batch_size, "images": options.images, "seed": options.seed}
     report: dict[str, Any] = {"machine": machine(device), "settings": settings, "speed": {}, "quality": []}
     if options.out.exists() and not options.fresh:
         found = json.loads(options.out.read_text())
@@ -301,9 +300,8 @@ def main(argv: list[str]) -> None:
     if not report["speed"]:
         report["speed"] = measure_speed(digits, runtime, options)
         save()
-    judge = make_judge(digits, test, device=device)
-    decays = {name: name == "ours" for name in CONTENDERS}
-    for name, minutes, points in runs(options, decays):
+    judge = make_judge(digits, test, options.images, device)
+    for name, minutes, points in runs(options):
         done = {row["minutes"] for row in report["quality"] if row["name"] == name}
         if minutes in done:
             continue
@@ -317,9 +315,8 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    with contextlib.suppress(KeyboardInterrupt):
-        try:
-            main(sys.argv[1:])
-        except UserError as error:
-            print(f"peers: {error}", file=sys.stderr)
-            sys.exit(2)
+    try:
+        main(sys.argv[1:])
+    except UserError as error:
+        print(f"peers: {error}", file=sys.stderr)
+        sys.exit(2)

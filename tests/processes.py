@@ -55,7 +55,7 @@ class Program:
         self.process.kill()
         self.process.join()
 
-    def finish(self, status: int = 0, seconds: float = 120) -> str:
+    def finish(self, status: int = 0, seconds: float = 300) -> str:
         """Waits for the end, which has to come with that status and without a traceback; returns the output."""
         self.process.join(seconds)
         if self.running():
@@ -112,7 +112,7 @@ def nothing(*_: Any, **__: Any) -> None:
     """In place of what takes time and is not the point of a test."""
 
 
-def wait_for(condition: Callable[[], Any], seconds: float = 60, pause: float = 0.005) -> None:
+def wait_for(condition: Callable[[], Any], seconds: float = 200, pause: float = 0.005) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "waited in vain"

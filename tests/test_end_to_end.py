@@ -127,7 +127,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(uninterrupted: Done, idx_folder: Pat
                                stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"})
     wait_for((tmp_path / "results/idx/preview-0000001.png").exists)
     process.send_signal(signal.SIGINT)
-    output, errors = process.communicate(timeout=60)
+    output, errors = process.communicate(timeout=300)
     assert process.returncode == 130 and "Traceback" not in errors
     assert "same command again" in output and (tmp_path / "checkpoints/idx/last.pt").exists()
     assert "Going on" in start(tmp_path, *flags).finish()
@@ -161,7 +161,7 @@ def test_a_second_run_of_one_name_refuses(idx_folder: Path, tmp_path: Path, monk
 
 def test_two_processes_learn_what_one_does(uninterrupted: Done, idx_folder: Path, tmp_path: Path) -> None:
     process = subprocess.run([*TORCHRUN, str(ROOT / "run.py"), *RUN, *DRAW, "--data-dir", str(idx_folder)], cwd=tmp_path, text=True,
-                             capture_output=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"})
+                             capture_output=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert process.returncode == 0, process.stderr[-2000:]
     assert process.stdout.count("Training is finished") == 1 and "2 processes" in process.stdout
     assert_close(uninterrupted.learned, learned(tmp_path))

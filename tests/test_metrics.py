@@ -339,7 +339,7 @@ def test_standard_error_is_the_scatter_of_repeated_estimates() -> None:
 
 def test_calibrated_decoder_is_the_best_one() -> None:
     schedule = make_schedule(DiffusionConfig(timesteps=1000, schedule="linear"))
-    images = torch.randint(20, 236, (40, 1, 28, 28), generator=random(), dtype=torch.uint8)
+    images = torch.randint(20, 236, (30, 1, 28, 28), generator=random(), dtype=torch.uint8)
     std = metrics.calibrate_decoder_std(shrinking(schedule), schedule, images, batch=20)
     # x1 has noise of sigma = 0.01, and the linear denoiser leaves nearly all of it in.
     assert std == pytest.approx(0.01, rel=0.1)

@@ -70,6 +70,16 @@ def test_time_and_label_change_the_answer():
         assert distance[~torch.eye(11, dtype=torch.bool)].min() > 1e-3  # each differs from every other
 
 
+@pytest.mark.parametrize("cut", [0, 1])
+def test_skip_connections_carry_the_image_past_the_lower_resolutions(cut):
+    network = small_network()
+    torch.nn.init.zeros_(network.shrink[cut].weight)
+    x, t, label = inputs(1)
+    with torch.inference_mode():
+        answers = network(torch.cat([x, -x]), t.expand(2), label.expand(2))
+    assert (answers[0] - answers[1]).std() > 0.1 * answers.std()
+
+
 def test_an_image_is_answered_apart_from_its_neighbours():
     network = small_network()
     x, t, label = inputs(4)

@@ -69,6 +69,19 @@ def test_every_label_reaches_its_own_image(schedule):
     assert torch.equal(images, network(images, None, labels))
 
 
+def test_image_i_takes_slot_i_of_its_chunk(schedule):
+    seen = []
+
+    def network(x, t, label):
+        seen.append((x.clone(), label.clone()))
+        return torch.zeros_like(x)
+
+    draw(network, schedule, replace(OPTIONS, steps=1), 0, [130, 66, 3, 64], torch.tensor([1, 2, 3, 4]), CPU)
+    slots = [{slot: label[slot].item() for slot in x.flatten(1).any(1).nonzero().flatten().tolist()} for x, label in seen]
+    assert sorted(slots, key=len) == [{2: 1}, {3: 3}, {2: 2, 0: 4}]
+    assert all((label == NO_LABEL).sum() == CPU.chunk - len(taken) for taken, (_, label) in zip(slots, seen))
+
+
 def test_the_network_is_given_chunks_of_one_size(schedule):
     sizes = []
 
