@@ -7,7 +7,7 @@ t = T is noise, and the network is trained on t in 1..T. The network is any call
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ NO_LABEL = 10
 MIN_SNR_GAMMA = 5.0  # arXiv 2303.09556, section 3.4
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class NoiseSchedule:
     """alpha_bar float64 [T+1] on the CPU, descending from alpha_bar[0] == 1; and what the network is trained to predict.
 
@@ -53,16 +53,22 @@ class NoiseSchedule:
 
     def at(self, values: Tensor, t: Tensor) -> Tensor:
         """Float32 values of per-timestep constants at t [B], to be broadcast over images: [B, 1, 1, 1] on t's device."""
-        return values.to(t.device, torch.float32)[t][:, None, None, None]
+        return _on_device(values, t.device)[t][:, None, None, None]
+
+
+@lru_cache(maxsize=32)
+def _on_device(values: Tensor, device: torch.device) -> Tensor:
+    """A float32 copy on a device, made once: each copy in the training loop would wait for the GPU."""
+    return values.to(device, torch.float32)
 
 
 def make_schedule(config: DiffusionConfig) -> NoiseSchedule:
     """Linear betas (arXiv 2006.11239, section 4; scaled by 1000 / T) or the cosine schedule (2102.09672, eq. 17)."""
     steps = config.timesteps
     if config.schedule == "linear":
+        if steps <= 20:
+            raise UserError(f"--timesteps {steps}: the linear schedule's last beta, 20 / T, reaches 1; use at least 21")
         beta = torch.linspace(1e-4, 0.02, steps, dtype=torch.float64) * (1000 / steps)
-        if beta[-1] >= 1:
-            raise UserError(f"--timesteps {steps}: the linear schedule's last beta reaches 1; use at least 21")
     elif config.schedule == "cosine":
         f = torch.cos((torch.arange(steps + 1, dtype=torch.float64) / steps + 0.008) / 1.008 * math.pi / 2).square()
         beta = (1 - f[1:] / f[:-1]).clamp(max=0.999)
@@ -73,7 +79,7 @@ def make_schedule(config: DiffusionConfig) -> NoiseSchedule:
 
 
 def add_noise(schedule: NoiseSchedule, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-    """A draw x_t of q(x_t | x_0) (2006.11239, eq. 4). x0, noise [B, ...]; t int64 [B] in 0..T -> [B, ...]."""
+    """A draw x_t of q(x_t | x_0) (2006.11239, eq. 4). x0, noise [B, 1, H, W]; t int64 [B] in 0..T."""
     return schedule.at(schedule.alpha, t) * x0 + schedule.at(schedule.sigma, t) * noise
 
 
@@ -110,6 +116,7 @@ def predicted_x0(schedule: NoiseSchedule, prediction: Tensor, x_t: Tensor, t: in
     return alpha * x_t - sigma * prediction
 
 
+@lru_cache(maxsize=8)
 def loss_weights(schedule: NoiseSchedule) -> Tensor:
     """Weight of the prediction's squared error at each t, float64 [T+1].
 
@@ -136,14 +143,14 @@ def diffusion_loss(network: Network, schedule: NoiseSchedule, x0: Tensor, labels
 def stratified_timesteps(timesteps: int, batch_size: int, offset: Tensor) -> Tensor:
     """t int64 [B] in 1..T, evenly spaced from one random offset in [0, 1), so that a batch covers all noise levels.
 
-    Each t alone is uniform when the offset is (low-discrepancy sampler, arXiv 2107.00630, appendix I.1).
+    With a uniform offset, t of an image picked at random is uniform (after arXiv 2107.00630, appendix I.1).
     """
     u = (torch.arange(batch_size, device=offset.device) + offset) / batch_size
     return (u * timesteps).long().clamp(max=timesteps - 1) + 1
 
 
 def make_denoiser(network: Network, schedule: NoiseSchedule, labels: Tensor, guidance: float = 1.0) -> Denoiser:
-    """denoise(x [B, ...], t int) -> x0_hat [B, ...] in [-1, 1], in the dtype of x, for the given labels int64 [B].
+    """denoise(x [B, 1, H, W], t int) -> x0_hat like x, in [-1, 1] and in the dtype of x, for labels int64 [B].
 
     With classifier-free guidance (arXiv 2207.12598, eq. 6, whose w is guidance - 1) both halves go through the network
     in one batch; at guidance 1 there is no second half.

@@ -58,7 +58,7 @@ def ddim(denoise: Denoiser, schedule: NoiseSchedule, x: Tensor, timesteps: Seque
 
 def dpmpp(denoise: Denoiser, schedule: NoiseSchedule, x: Tensor, timesteps: Sequence[int], randn: Randn,
           order: int = 2) -> Steps:
-    """DPM-Solver++ (arXiv 2211.01095, algorithm 2, "2M"), deterministic; at order 1 it is DDIM.
+    """DPM-Solver++ (arXiv 2211.01095, "2M"), deterministic; at order 1 it is DDIM.
 
     The first step and the step to s = 0, where log-SNR is infinite, are of first order.
     """
@@ -76,7 +76,7 @@ def dpmpp(denoise: Denoiser, schedule: NoiseSchedule, x: Tensor, timesteps: Sequ
 
 def unipc(denoise: Denoiser, schedule: NoiseSchedule, x: Tensor, timesteps: Sequence[int], randn: Randn,
           order: int = 3) -> Steps:
-    """UniPC, data prediction with B(h) = exp(h) - 1 (arXiv 2302.04867, algorithms 5 and 6), deterministic.
+    """UniPC on x0, multistep, with its corrector (arXiv 2302.04867), deterministic.
 
     An evaluation first corrects the step that led to it and then predicts the next, so each step costs one.
     The first step and the step to s = 0, where log-SNR is infinite, are predicted at first order.
@@ -88,7 +88,7 @@ def unipc(denoise: Denoiser, schedule: NoiseSchedule, x: Tensor, timesteps: Sequ
         if history:
             corrected = _unified_step(schedule, corrected, history, t, end=x0_hat)
         history = [*history, (t, x0_hat)][-order:]
-        x = _unified_step(schedule, corrected, history if s > 0 else history[-1:], s)
+        x = _unified_step(schedule, corrected, history, s)
         yield s, x, x0_hat
 
 
@@ -106,15 +106,13 @@ def _unified_step(schedule: NoiseSchedule, x: Tensor, history: list[tuple[int, T
         return first_order
     positions = torch.tensor([position for position, _ in nodes], dtype=torch.float64)
     powers = torch.arange(len(nodes), dtype=torch.float64)
-    weights = torch.linalg.solve(positions ** powers[:, None], _moments(-h, len(nodes)))
-    if len(nodes) == 1:
-        weights = torch.tensor([0.5])  # as the authors choose for the lowest order, see their appendix F
+    weights = torch.linalg.solve(positions ** powers[:, None], _moments(-h, len(nodes)))  # exact, also where they take 0.5
     bend = sum(weight / position * (value - x0_hat) for weight, (position, value) in zip(weights.tolist(), nodes))
     return first_order - schedule.alpha[s].item() * math.expm1(-h) * bend
 
 
 def _moments(z: float, count: int) -> Tensor:
-    """i! phi_{i+1}(z) / phi_1(z) for i in 1..count, float64 (2302.04867, eq. 10)."""
+    """i! phi_{i+1}(z) / phi_1(z) for i in 1..count, float64."""
     phi = [math.expm1(z) / z]
     for i in range(1, count + 1):
         phi.append((phi[-1] - 1 / math.factorial(i)) / z)
@@ -128,7 +126,7 @@ def _log_snr_step(schedule: NoiseSchedule, t: int, s: int) -> float:
 
 
 def _exponential_step(schedule: NoiseSchedule, x: Tensor, x0_hat: Tensor, t: int, s: int) -> Tensor:
-    """Exact solution of the probability-flow ODE from t to s while x0_hat is constant (2211.01095, eq. 9)."""
+    """Exact solution of the probability-flow ODE from t to s while x0_hat is constant (2211.01095)."""
     shrink = (schedule.sigma[s] / schedule.sigma[t]).item()
     return shrink * x + (schedule.alpha[s].item() - schedule.alpha[t].item() * shrink) * x0_hat
 

@@ -10,7 +10,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ["--channels", "8", "8", "16", "--blocks", "1", "1", "1", "--embedding", "16", "--groups", "4"]
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # on busy cores, two threads mostly wait on each other
 
 
 def write_idx(path: Path, array: np.ndarray) -> None:

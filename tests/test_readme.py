@@ -50,7 +50,7 @@ def test_data_set_example(examples, tmp_path) -> None:
 
 
 def test_flags_in_the_readme_exist() -> None:
-    commands = re.findall(r"python run\.py((?: --?[\w-]+(?: (?!-)[\w./]+)*)+)", README)
+    commands = re.findall(r"python run\.py((?: --[\w-]+(?: (?!-)[\w./-]+)*)+)", README)
     assert len(commands) >= 4
     for command in set(commands) - {" --help"}:
         configs.parse(command.split())

@@ -23,9 +23,7 @@ import torch
 import checkpoint
 import config as configs
 import dataset
-import evaluate
 import plots
-import sample
 import train
 from config import UserError
 from diffusion import make_schedule
@@ -91,7 +89,7 @@ def change(path: Path, edit: Callable[[dict[str, Any]], Any]) -> None:
     checkpoint.save(path, {key: value for key, value in state.items() if key not in ("version", "digest")})
 
 
-def stop_at(step: int, monkeypatch: pytest.MonkeyPatch, after: Callable[[], Any] = nothing) -> None:
+def stop_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ctrl-C in that step of the run, and in none after it."""
     taken = train.training_step
 
@@ -99,7 +97,6 @@ def stop_at(step: int, monkeypatch: pytest.MonkeyPatch, after: Callable[[], Any]
         if state.step == step - 1:
             monkeypatch.setattr(train, "training_step", taken)
             os.kill(os.getpid(), signal.SIGINT)
-        after()
         return taken(forward, state, *rest)
 
     monkeypatch.setattr(train, "training_step", with_signal)
@@ -135,7 +132,7 @@ def test_a_step_that_is_not_finite_changes_nothing(broken: Callable[[torch.Tenso
 
     def everything() -> str:
         return checkpoint.digest({"model": state.network.state_dict(), "ema": state.average.state_dict(),
-                                  "optimizer": train.checkpoint._plain(state.optimizer.state_dict())})
+                                  "optimizer": state.optimizer.state_dict()})
 
     state.optimizer.set_rate(1e-3)
     assert step() is not None
@@ -258,22 +255,19 @@ def test_more_epochs_extend_a_run_and_say_what_the_rate_does(schedule: str, end:
 
 def test_minutes_used_are_remembered(workplace: Path, flags: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """With a clock that a step moves on by a second."""
-    now = itertools.count()
-    clock = SimpleNamespace(seconds=0.0)
-    monkeypatch.setattr(train, "time", SimpleNamespace(perf_counter=lambda: clock.seconds))
-    stop_at(10, monkeypatch)
-    taken = train.training_step
+    clock, taken = SimpleNamespace(seconds=0.0), train.training_step
 
     def step(*arguments: Any) -> float | None:
         clock.seconds += 1
-        next(now)
-        return (taken if train.training_step is step else train.training_step)(*arguments)
+        if clock.seconds == 10:
+            os.kill(os.getpid(), signal.SIGINT)
+        return taken(*arguments)
 
     monkeypatch.setattr(train, "training_step", step)
+    monkeypatch.setattr(train, "time", SimpleNamespace(perf_counter=lambda: clock.seconds))
     flags = [*flags, "--minutes", "0.5"]
     assert main(flags) == 130 and checkpoint.load(LAST)["history"]["seconds"] == 10
     clock.seconds += 1000
-    monkeypatch.setattr(train, "training_step", step)
     assert main(flags) == 0
     assert checkpoint.load(LAST)["step"] == 30 and checkpoint.load(LAST)["history"]["seconds"] == 30
 
@@ -437,7 +431,7 @@ def test_a_second_ctrl_c_leaves_at_once_and_loses_nothing(workplace: Path, flags
 
 @pytest.mark.parametrize("mode", ["sample", "evaluate"])
 def test_ctrl_c_ends_the_other_modes_too(mode: str, there: Path) -> None:
-    changes = {"evaluate.metrics.load_extractor": hang} if mode == "evaluate" else {}
+    changes = {"metrics.load_extractor": hang} if mode == "evaluate" else {}
     program = start(there, "--mode", mode, "--dataset", "idx", "--device", "cpu", "--num-images", "100000", "--steps", "100", changes=changes)
     wait_for(lambda: "1/" in program.errors or "hanging" in program.errors)
     program.signal(signal.SIGINT)

@@ -300,8 +300,8 @@ def integrate(denoise, schedule, x, timesteps, order, corrector):
     """x after each step, from x_s = sigma_s / sigma_t x_t + alpha_s * (integral over u from -h to 0 of exp(u) x0_hat).
 
     The integral runs over half the log-SNR up to s. x0_hat is a Lagrange polynomial through the latest `order`
-    evaluations, or a corrector's also through the one at s, and is integrated by Gauss-Legendre quadrature; a straight
-    line is taken at the middle of the step instead, as in DPM-Solver++ 2M and UniPC. From infinite noise and to none
+    evaluations, or a corrector's also through the one at s, and is integrated by Gauss-Legendre quadrature; without a
+    corrector, a straight line is taken at the middle of the step instead, as in DPM-Solver++ 2M. From infinite noise and to none
     it is the latest evaluation.
     """
     alpha, sigma = schedule.alpha.tolist(), schedule.sigma.tolist()
@@ -317,7 +317,7 @@ def integrate(denoise, schedule, x, timesteps, order, corrector):
         else:
             h, nodes = clock[s] - clock[t], [clock[u] - clock[s] for u, _ in points]
             at, weights = h / 2 * (roots - 1), h / 2 * root_weights * np.exp(h / 2 * (roots - 1))
-            if len(points) == 2:
+            if len(points) == 2 and not corrector:
                 at, weights = np.array([-h / 2]), np.array([1 - math.exp(-h)])
             shares = [float(weights @ math.prod((at - other) / (node - other) for other in nodes if other != node))
                       for node in nodes]
