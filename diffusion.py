@@ -59,7 +59,8 @@ class NoiseSchedule:
 @lru_cache(maxsize=32)
 def _on_device(values: Tensor, device: torch.device) -> Tensor:
     """A float32 copy on a device, made once: each copy in the training loop would wait for the GPU."""
-    return values.to(device, torch.float32)
+    with torch.inference_mode(False):  # it may be made while drawing and used in training
+        return values.to(device, torch.float32)
 
 
 def make_schedule(config: DiffusionConfig) -> NoiseSchedule:

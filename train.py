@@ -113,16 +113,16 @@ def train(state: State, config: Config, digits: tuple[Digits, Digits], runtime: 
     speed = SpeedReport(state.step)
     last_save, bad = time.perf_counter(), 0
     state.network.train()
-    bar = tqdm(total=length if options.minutes is None else None, initial=state.step, unit_scale=options.batch_size, unit="img", disable=not runtime.first,
-               dynamic_ncols=True, mininterval=0.5, smoothing=0.05)
+    bar = tqdm(total=length if options.minutes is None else None, initial=state.step, unit_scale=options.batch_size, unit="img",
+               disable=not runtime.first, dynamic_ncols=True, mininterval=0.5, smoothing=0.05)
     with StopSignals() as stop, bar:
         while True:
             state.history["seconds"] = minutes_before + time.perf_counter() - started
             due = time.perf_counter() - last_save > SAVE_SECONDS and not bad
-            progress, signal_number, due = runtime.highest(progress_of(state, options, length), stop.received or 0, due)
+            progress, signal_number, save_now = runtime.highest(progress_of(state, options, length), stop.received or 0, due)
             if progress >= 1 or signal_number:
                 break
-            if due:
+            if save_now:
                 save(state, config, path, runtime)
                 last_save = time.perf_counter()
             if options.minutes is not None and progress > 0.01:
@@ -432,13 +432,14 @@ def write_history(folder: Path, columns: dict[str, list[Any]], config: Config, c
     writer.writerow(columns)
     writer.writerows(zip(*columns.values()))
     checkpoint.write_atomically(folder / "metrics.csv", lambda file: file.write(text.getvalue().encode()))
-    plots.save_losses(folder / "loss.png", for_plot(columns, count), reference(config), {"config": str(config.diffusion)})
+    plots.save_losses(folder / "loss.png", for_plot(columns), reference(config), {"config": str(config.diffusion)},
+                      epoch_size=count)
 
 
-def for_plot(columns: dict[str, list[Any]], count: int) -> dict[str, Any]:
+def for_plot(columns: dict[str, list[Any]]) -> dict[str, Any]:
     levels = {name.removeprefix("test_loss_t"): values for name, values in columns.items() if name.startswith("test_loss_t")}
     return {"images": columns["images"], "train_loss": columns["train_loss"], "test_images": columns["images"],
-            "test_loss": columns["test_loss"], "by_level": levels, "epoch_size": count}
+            "test_loss": columns["test_loss"], "by_level": levels}
 
 
 @functools.lru_cache
@@ -452,7 +453,7 @@ def reference(config: Config) -> dict[str, Any] | None:
     data = shipped["history"].get("data", {})
     if theirs != ours or data.get("name") != config.dataset or not shipped["history"].get("columns"):
         return None
-    return for_plot(shipped["history"]["columns"], data["images"])
+    return for_plot(shipped["history"]["columns"])
 
 
 def say_what_comes(state: State, config: Config, runtime: Runtime, before: TrainConfig | None) -> None:

@@ -5,7 +5,8 @@
     python benchmarks/peers.py --data-dir ../shared/dataset --minutes 10 --threads 1 --clock cpu        (a shared machine)
 
 Speed is measured in turn (A B C A B C ...), quality after the same minutes of training for each. Every finished run is
-kept in peers.json, and the same command again goes on with those that are missing. Nothing is downloaded.
+kept in peers.json, and the same command again goes on with what is missing. The libraries download nothing; MNIST
+itself is fetched only where --data-dir lacks it.
 
 Settings, meant to be fair. All: the same images on the device, batch 64, gradient norm clipped at 1, the averaged weights
 drawn with 10 network evaluations, 2,000 images judged as in mode evaluate; the clock stops while images are judged.
@@ -280,7 +281,10 @@ def main(argv: list[str]) -> None:
         raise UserError("--clock cpu: a GPU's work takes no CPU time; leave it out")
     runtime = Runtime(device, bf16=device.type == "cuda", compile=device.type == "cuda")
 
-    settings = {"minutes": options.minutes, "clock": options.clock, "batch": options.batch_size, "images": options.images, "seed": options.seed}
+    settings: dict[str, Any] = {"minutes": options.minutes, "clock": options.clock, "batch": options.batch_size, "images": options.images, "seed": options.seed}
+    digits, test = (part.to(device) for part in load_digits(options.data_dir))
+    judge = make_judge(digits, test, options.images, device)
+    settings["extractor"] = judge.extractor.digest
     report: dict[str, Any] = {"machine": machine(device), "settings": settings, "speed": {}, "quality": []}
     if options.out.exists() and not options.fresh:
         found = json.loads(options.out.read_text())
@@ -296,11 +300,9 @@ def main(argv: list[str]) -> None:
         if curves:
             plots.save_frontier(options.out.with_suffix(".png"), curves, {"machine": report["machine"]})
 
-    digits, test = (part.to(device) for part in load_digits(options.data_dir))
     if not report["speed"]:
         report["speed"] = measure_speed(digits, runtime, options)
         save()
-    judge = make_judge(digits, test, options.images, device)
     for name, minutes, points in runs(options):
         done = {row["minutes"] for row in report["quality"] if row["name"] == name}
         if minutes in done:

@@ -7,6 +7,7 @@
 A run has one thread and its time is CPU time, so that others on the machine cost a run little of it; on a GPU it is
 wall-clock. The learning rate decays over those seconds. The score is the Fréchet distance of 2,000 images drawn by the
 averaged weights with the default sampler, over that of as many real ones. Each run adds one line to search.jsonl.
+Runs compare only under one extractor; test losses only under one prediction and weighting.
 """
 
 import argparse
@@ -87,15 +88,17 @@ def run(name: str, options: argparse.Namespace) -> dict[str, Any]:
 
     network = state.average.module.eval()
     test_loss = train.test_loss(network, schedule, test, config, runtime)
-    labels = sample.choose_labels(None, options.seed, range(QUALITY_IMAGES))
-    images = sample.draw(network, schedule, config.sample, options.seed, range(QUALITY_IMAGES), labels, runtime)
-    quality = make_judge(digits, test)(to_uint8(images), labels)
+    labels = sample.choose_labels(None, options.seed, range(options.images))
+    images = sample.draw(network, schedule, config.sample, options.seed, range(options.images), labels, runtime)
+    judge = make_judge(digits, test, options.images, device)
+    quality = judge(to_uint8(images), labels)
     seen = state.step * config.train.batch_size
     return {"recipe": name, "flags": RECIPES[name], "seconds": options.seconds, "wall": round(wall), "seed": options.seed,
             "steps": state.step, "epochs": round(seen / len(digits), 3), "images_per_s": round(seen / seconds, 1),
             "parameters": count_parameters(state.network), "gflop": round(gflop_per_image(config.model), 4),
             "train_loss": round(sum(losses[-100:]) / max(1, len(losses[-100:])), 5),
-            "test_loss": round(sum(test_loss) / len(test_loss), 5), **quality, "machine": machine(device)}
+            "test_loss": round(sum(test_loss) / len(test_loss), 5), **quality, "judged_on": options.images,
+            "extractor": judge.extractor.digest, "machine": machine(device)}
 
 
 def _run(task: tuple[str, argparse.Namespace]) -> dict[str, Any]:
@@ -103,14 +106,16 @@ def _run(task: tuple[str, argparse.Namespace]) -> dict[str, Any]:
 
 
 def show(path: Path) -> str:
-    """The table of all runs in a file, the best first within each length of training."""
+    """The tables of all runs in a file, the best first within each length of training; one for each way of judging."""
     rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     rows.sort(key=lambda row: (row["seconds"], row["over_floor"]))
-    return table(
+    judges = dict.fromkeys((row["extractor"], row["judged_on"]) for row in rows)
+    return "\n\n".join(f"Judged by extractor {extractor} on {count:,} images:\n\n" + table(
         ("seconds", "recipe", "flags", "images/s", "steps", "epochs", "test loss", "Fréchet / floor", "sure", "as asked"),
         [(f"{row['seconds']:g}", row["recipe"], f"`{row['flags']}`" if row["flags"] else "", f"{row['images_per_s']:.0f}",
           f"{row['steps']:,}", f"{row['epochs']:.2f}", f"{row['test_loss']:.4f}", f"{row['over_floor']:.2f}",
-          f"{row['sure']:.1%}", f"{row['asked']:.1%}") for row in rows])
+          f"{row['sure']:.1%}", f"{row['asked']:.1%}") for row in rows if (row["extractor"], row["judged_on"]) == (extractor, count)])
+        for extractor, count in judges)
 
 
 def main(argv: list[str]) -> None:
@@ -119,6 +124,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--only", nargs="+", choices=RECIPES, metavar="RECIPE", default=list(RECIPES), help="these recipes alone")
     parser.add_argument("--seconds", type=float, default=300, help="of training, in each run")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, one thread each")
+    parser.add_argument("--images", type=int, default=QUALITY_IMAGES, help="drawn for each Fréchet distance")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu", help="cpu, cuda or auto; give a GPU one job")
     parser.add_argument("--out", type=Path, default=RESULTS, help="file to which each run adds a line")

@@ -33,7 +33,7 @@ import sample
 import train
 from config import Config, UserError
 from diffusion import NoiseSchedule, diffusion_loss, make_schedule
-from model import UNet, count_parameters, gflop_per_image, time_features
+from model import UNet, gflop_per_image, time_features
 from runtime import Runtime, to_unit
 
 PHASES = ("batch selection", "forward and loss", "backward", "clip", "optimizer", "average", "clear gradients")

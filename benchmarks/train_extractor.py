@@ -87,7 +87,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--lr", type=float, default=4e-3, help="peak learning rate")
-    parser.add_argument("--smoothing", type=float, default=0.02, help="of the labels; more makes it less sure")
+    parser.add_argument("--smoothing", type=float, default=0.03, help="of the labels; more makes it less sure")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
 

@@ -3,6 +3,7 @@
 They can be killed, sent signals and joined as ranks of one run, like `python run.py`; what they say goes to files.
 """
 
+import atexit
 import csv
 import functools
 import importlib
@@ -33,6 +34,7 @@ class Program:
         self.said = Path(tempfile.mkdtemp(prefix="said-"))
         self.process = context().Process(target=_main, args=(folder, flags, changes, environment, self.said), daemon=True)
         self.process.start()
+        atexit.register(self.process.kill)  # whatever a failed test leaves behind
 
     @property
     def output(self) -> str:
