@@ -148,5 +148,4 @@ def assert_close(one: dict[str, Any], other: dict[str, Any]) -> None:
     assert one["step"] == other["step"] and len(one["rows"]) == len(other["rows"])
     for row, other_row in zip(one["rows"], other["rows"]):
         for name in row:
-            print(name,row[name],other_row[name])
             assert math.isclose(float(row[name]), float(other_row[name]), rel_tol=1e-2), (name, row, other_row)

@@ -169,6 +169,7 @@ def test_many_bad_steps_in_a_row_end_the_run_and_leave_the_checkpoint(workplace:
 def test_a_run_that_never_was_good_has_no_checkpoint(workplace: Path, flags: list[str], monkeypatch: pytest.MonkeyPatch,
                                                      capsys: Capture) -> None:
     poison(range(1000), monkeypatch)
+    monkeypatch.setattr(train, "BAD_STEPS", 3)
     assert "last.pt" not in refused([*flags, "--epochs", "3"], capsys) and not LAST.exists()
 
 

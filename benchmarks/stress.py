@@ -1,0 +1,293 @@
+"""Kills real runs at random points and compares what they learn with a run that nothing interrupted, bit for bit.
+
+    python benchmarks/stress.py --kills 20
+
+Also: a disk that is full, two and four processes of torchrun, and one of them dying. It saves after every step, so that
+many kills fall into a save; data and network are tiny. Prints counts, and exits with status 1 on any difference.
+"""
+
+import argparse
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+if sys.argv[1:2] == ["--as-run"]:  # this file in place of run.py, with a save after every step
+    import train
+    from run import main
+
+    train.SAVE_SECONDS = 0.0
+    sys.exit(main(sys.argv[2:]))
+
+import checkpoint  # noqa: E402
+from config import UserError  # noqa: E402
+from tests.conftest import TINY, write_set  # noqa: E402
+from tests.processes import assert_close, assert_same, learned  # noqa: E402
+
+FLAGS = ["--dataset", "idx", "--data-dir", "data", "--batch-size", "32", "--timesteps", "100", "--preview", "4", "--device", "cpu",
+         "--steps", "3", "--num-images", "16", *TINY]
+EPOCHS = 8  # of 8 steps each
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+LAST = Path("checkpoints/idx/last.pt")
+
+
+class Failure(Exception):
+    """What should have been so, and was not."""
+
+
+class Run:
+    """A folder with the data, and the processes that train in it."""
+
+    def __init__(self, place: Path, name: str, epochs: int = EPOCHS) -> None:
+        self.folder = place / name
+        self.folder.mkdir()
+        (self.folder / "data").symlink_to(place / "data")
+        self.flags = [*FLAGS, "--epochs", str(epochs)]
+
+    def start(self, processes: int = 1, often: bool = True) -> subprocess.Popen:
+        command = [str(Path(__file__).resolve()), "--as-run"] if often else [str(ROOT / "run.py")]
+        if processes > 1:
+            command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), *command]
+        with open(self.folder / "log", "w") as log:
+            return subprocess.Popen([sys.executable, *command, *self.flags], cwd=self.folder, env=ENVIRONMENT, stdout=log,
+                                    stderr=subprocess.STDOUT, start_new_session=True)
+
+    def said(self) -> str:
+        return (self.folder / "log").read_text()
+
+    def finish(self, process: subprocess.Popen, status: int = 0) -> str:
+        found = process.wait(600)
+        if found != status:
+            raise Failure(f"exit status {found}, not {status}:\n{self.said()[-3000:]}")
+        return self.said()
+
+    def saved(self) -> int:
+        """When the last save was; 0: never."""
+        return (self.folder / LAST).stat().st_mtime_ns if (self.folder / LAST).exists() else 0
+
+    def parts(self) -> list[Path]:
+        """The files of saves under way, or of a save that a kill has cut off."""
+        return list((self.folder / LAST.parent).glob(".*.part"))
+
+
+def check(ok: Any, what: str) -> None:
+    if not ok:
+        raise Failure(what)
+
+
+def wait_for(condition: Callable[[], Any], process: subprocess.Popen, pause: float = 0.02) -> None:
+    """Until the condition holds or the process has ended."""
+    end = time.monotonic() + 300
+    while not condition() and process.poll() is None:
+        check(time.monotonic() < end, "a process neither went on nor ended")
+        time.sleep(pause)
+
+
+def survive_kills(place: Path, straight: Run, kills: int, rng: random.Random) -> str:
+    """kill -9 at random moments of as many runs as it takes, every second one inside a save."""
+    done = inside = runs = most = 0
+    expected = learned(straight.folder)
+    while done < kills:
+        runs += 1
+        run = Run(place, f"killed-{runs}")
+        killed_here = 0
+        while True:
+            process = run.start()
+            if done == kills:
+                break
+            before = run.saved()
+            wait_for(lambda: run.saved() != before, process)  # it has come so far as to save anew
+            time.sleep(rng.expovariate(1 / 0.15))
+            if done % 2:
+                wait_for(run.parts, process, pause=0.0005)
+                time.sleep(rng.uniform(0, 0.004))
+            if process.poll() is not None:
+                break
+            process.kill()
+            process.wait()
+            done, killed_here, inside = done + 1, killed_here + 1, inside + bool(run.parts())
+            checkpoint.load(run.folder / LAST)  # raises unless it is whole
+        run.finish(process)
+        assert_same(expected, learned(run.folder))
+        check(not run.parts(), "a half-written checkpoint was left behind")
+        most = max(most, killed_here)
+        shutil.rmtree(run.folder)
+    return f"{done} kills survived, {inside} of them inside a save, in {runs} runs with up to {most} kills each: all bitwise the same"
+
+
+def survive_stops(place: Path, straight: Run, rng: random.Random) -> str:
+    """Ctrl-C and SIGTERM in turn, until the run is finished."""
+    run, stops = Run(place, "stopped"), 0
+    while True:
+        process = run.start(often=False)
+        wait_for(lambda: "Training" in run.said(), process)
+        time.sleep(rng.uniform(0.2, 1.5))
+        number = (signal.SIGINT, signal.SIGTERM)[stops % 2]
+        process.send_signal(number)
+        status = process.wait(300)
+        if "Stopped after step" not in run.said():  # it came before the first step, or while drawing
+            check(status in (0, 130, -signal.SIGTERM), f"exit status {status}")
+            if stops >= 4 or status == 0:
+                break
+            continue
+        check(status == 128 + number, f"exit status {status} after signal {number}")
+        stops += 1
+        if stops >= 4:
+            break
+    run.finish(run.start(often=False))
+    assert_same(learned(straight.folder), learned(run.folder))
+    return f"{stops} stop signals survived, saved at once, and bitwise the same"
+
+
+def several_processes(place: Path, straight: Run) -> str:
+    """Two and four processes learn what one does; runs saved on two go on on four and on one."""
+    expected = learned(straight.folder)
+    for world in (2, 4):
+        run = Run(place, f"world-{world}")
+        run.finish(run.start(world))
+        assert_close(expected, learned(run.folder))
+    run = Run(place, "moving")
+    for world, epochs in ((2, 2), (4, 4)):
+        process = run.start(world)
+        wait_for(lambda: steps(run) >= 8 * epochs, process)
+        os.kill(process.pid, signal.SIGTERM)  # torchrun passes it on
+        process.wait(300)
+        check(run.said().count("Stopped after step") == 1, f"no word of a save:\n{run.said()[-3000:]}")
+    check("Going on" in run.finish(run.start()), "it did not go on")
+    assert_close(expected, learned(run.folder))
+    return "2 and 4 processes learn what 1 does, and a run moves from 2 to 4 to 1: equal to rounding"
+
+
+def dying_rank(place: Path, straight: Run, deaths: int, rng: random.Random) -> str:
+    """kill -9 of one process of two ends both, with a checkpoint behind them, and the same command carries on."""
+    run = Run(place, "dying")
+    for death in range(deaths):
+        process = run.start(2)
+        target = steps(run) + 5
+        wait_for(lambda: steps(run) >= target, process)
+        time.sleep(rng.uniform(0, 0.3))
+        workers = children(process.pid)
+        check(len(workers) == 2, f"{len(workers)} workers")
+        os.kill(workers[death % 2], signal.SIGKILL)
+        began = time.monotonic()
+        check(process.wait(120) != 0, "torchrun took a death for success")
+        check(time.monotonic() - began < 60, "the other process went on for long")
+        check(steps(run) >= target, "no checkpoint was left behind")
+        check(not [pid for pid in workers if is_alive(pid)], "a process was left behind")
+    run.finish(run.start(2))
+    assert_close(learned(straight.folder), learned(run.folder))
+    return f"{deaths} deaths of one process in two survived: equal to rounding"
+
+
+def full_disk(place: Path, straight: Run) -> str:
+    """A disk that fills up at different points: one line, status 2, the last checkpoint whole; with room, it goes on."""
+    size, failures = (straight.folder / LAST).stat().st_size, 0
+    with small_disk(place, 6 * size + 4_000_000) as disk:
+        run = Run(place, "full")
+        for name in ("checkpoints", "results"):
+            (disk / name).mkdir()
+            (run.folder / name).symlink_to(disk / name)
+        for room in (0.3, 1.5, 1.5, 0.5, 0.1):  # checkpoints
+            with filled(disk, int(room * size)):
+                process = run.start()
+                status = process.wait(300)
+            lines = [line for line in run.said().splitlines() if line.startswith("error: ")]
+            check(status == 2 and len(lines) == 1 and "Traceback" not in run.said(), f"status {status}:\n{run.said()[-3000:]}")
+            check("No space left" in lines[0], lines[0])
+            before = steps(run)  # raises unless it is whole
+            failures += 1
+        check(before > 0, "nothing was saved where there was room for it")
+        run.finish(run.start())
+        assert_same(learned(straight.folder), learned(run.folder))
+    return f"{failures} times out of space, each with one line and a whole checkpoint: bitwise the same in the end"
+
+
+@contextmanager
+def small_disk(place: Path, size: int) -> Iterator[Path]:
+    """A file system of so many bytes, where one can be mounted."""
+    disk = place / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(disk)], capture_output=True)
+    if mounted.returncode:
+        raise Skipped("no small disk can be mounted here (it takes Linux and root)")
+    try:
+        yield disk
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+class Skipped(Exception):
+    """What this machine can't do."""
+
+
+@contextmanager
+def filled(disk: Path, room: int) -> Iterator[None]:
+    """Leaves so many bytes free."""
+    free = shutil.disk_usage(disk).free
+    ballast = disk / "ballast"
+    ballast.write_bytes(bytes(max(0, free - room)))
+    try:
+        yield
+    finally:
+        ballast.unlink()
+
+
+def steps(run: Run) -> int:
+    return checkpoint.load(run.folder / LAST)["step"] if run.saved() else 0
+
+
+def children(pid: int) -> list[int]:
+    """Worker processes of torchrun, by rank."""
+    found = subprocess.run(["ps", "-A", "-o", "pid=,ppid="], capture_output=True, text=True, check=True).stdout.split("\n")
+    return [int(line.split()[0]) for line in found if line.strip() and int(line.split()[1]) == pid]
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", choices=["kills", "stops", "processes", "deaths", "disk"], help="one part of it")
+    options = parser.parse_args(arguments)
+    rng, began, failed = random.Random(options.seed), time.monotonic(), 0
+    with tempfile.TemporaryDirectory(prefix="stress-") as folder:
+        place = Path(folder)
+        write_set(place / "data")
+        straight = Run(place, "straight")
+        straight.finish(straight.start(often=False))
+        parts: dict[str, Callable[[], str]] = {
+            "kills": lambda: survive_kills(place, straight, options.kills, rng), "stops": lambda: survive_stops(place, straight, rng),
+            "processes": lambda: several_processes(place, straight), "deaths": lambda: dying_rank(place, straight, 2, rng),
+            "disk": lambda: full_disk(place, straight)}
+        for name, part in parts.items():
+            if options.only in (None, name):
+                try:
+                    said = part()
+                except Skipped as reason:
+                    said = f"skipped: {reason}"
+                except (Failure, AssertionError, UserError, subprocess.TimeoutExpired) as error:
+                    failed, said = failed + 1, f"FAILED: {error}"
+                print(f"{name}: {said} ({time.monotonic() - began:.0f} s)", flush=True)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
