@@ -62,7 +62,7 @@ class SampleConfig:
     """sample: how images are drawn (also by evaluate)"""
 
     num_images: int | None = None  # images to draw; unset: 256 in sample, 10000 in evaluate
-    sampler: Literal["ddpm", "ddim", "dpmpp", "unipc"] = "dpmpp"  # reverse process
+    sampler: Literal["ddpm", "ddim", "dpmpp", "dpmpp-sde", "unipc"] = "dpmpp-sde"  # reverse process
     steps: int = 10  # network evaluations per image
     eta: float = 0.0  # ddim: noise added in each step, 0 (none) to 1 (as ddpm)
     variance: Literal["posterior", "upper"] = "posterior"  # ddpm: beta-tilde or beta (2006.11239, section 3.2)

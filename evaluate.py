@@ -26,6 +26,7 @@ from dataset import Digits, load_shared, resolve
 from diffusion import NO_LABEL, make_denoiser
 from runtime import Runtime, generator, to_uint8
 from sample import Trained
+from samplers import SAMPLERS
 
 FLOOR_STREAM = 7  # of random numbers; see train.py, sample.py and metrics.py for 1 to 6
 FEWEST = 200  # images, below which the features' covariance says nothing
@@ -229,7 +230,7 @@ def explain(row: dict[str, Any], bound: metrics.Likelihood, reference: Reference
 def sweep(trained: Trained, config: Config, reference: Reference | None, count: int, folder: Path, runtime: Runtime) -> list[Path]:
     """The same seeds with each sampler at several step counts: pictures, seconds per 256 images, and measures."""
     longest = trained.schedule.timesteps
-    plan = [(sampler, steps) for sampler in ("ddpm", "ddim", "dpmpp", "unipc") for steps in SWEEP_STEPS if steps < longest]
+    plan = [(sampler, steps) for sampler in SAMPLERS for steps in SWEEP_STEPS if steps < longest]
     plan.append(("ddpm", longest))
     indices = range(count)
     labels = sample.choose_labels(config.sample.digits, config.seed, indices)

@@ -293,7 +293,7 @@ def save_evaluation(path: Path, report: Mapping[str, Any], metadata: Mapping[str
                 distances.hist(values[name], edges, weights=weights, histtype="stepfilled", color=colour, alpha=0.25)
                 distances.hist(values[name], edges, weights=weights, histtype="step", color=colour, linewidth=1.6)
                 distances.plot([], [], color=colour, label=f"{label} (median {np.median(values[name]):.3g})")
-            distances.set_ylim(bottom=0)
+            distances.set_ylim(0, distances.get_ylim()[1] * 1.25)  # room for the legend
             distances.legend(loc="best")
 
         for panel, key in zip(figure.axes, ("histogram", "by_timestep", "manifold", "distances")):

@@ -65,11 +65,24 @@ def dpmpp(denoise: Denoiser, schedule: NoiseSchedule, x: Tensor, timesteps: Sequ
     previous: tuple[int, Tensor] | None = None
     for t, s in pairwise(timesteps):
         x0_hat = denoise(x, t)
-        slope_to_x0 = x0_hat
-        if order > 1 and previous is not None and s > 0:
-            r_inverse = _log_snr_step(schedule, t, s) / _log_snr_step(schedule, previous[0], t)  # 0 after infinite noise
-            slope_to_x0 = x0_hat + r_inverse / 2 * (x0_hat - previous[1])
-        x = _exponential_step(schedule, x, slope_to_x0, t, s)
+        aim = x0_hat if order == 1 else _extrapolated(schedule, x0_hat, previous, t, s)
+        x = _exponential_step(schedule, x, aim, t, s)
+        previous = t, x0_hat
+        yield s, x, x0_hat
+
+
+def dpmpp_sde(denoise: Denoiser, schedule: NoiseSchedule, x: Tensor, timesteps: Sequence[int], randn: Randn) -> Steps:
+    """Stochastic DPM-Solver++ 2M (arXiv 2211.01095, section 5): ancestral sampling to second order.
+
+    Its first-order step is that of `ddpm`; like `dpmpp` it extrapolates x0_hat, except in its first and last steps.
+    The fresh noise of each step makes good the network's errors in the steps before, at a cost in variety.
+    """
+    previous: tuple[int, Tensor] | None = None
+    for t, s in pairwise(timesteps):
+        x0_hat = denoise(x, t)
+        x, step_variance = posterior(schedule, _extrapolated(schedule, x0_hat, previous, t, s), x, t, s)
+        if s > 0:
+            x = x + math.sqrt(step_variance) * randn()
         previous = t, x0_hat
         yield s, x, x0_hat
 
@@ -119,6 +132,14 @@ def _moments(z: float, count: int) -> Tensor:
     return torch.tensor([math.factorial(i) * phi[i] / phi[0] for i in range(1, count + 1)], dtype=torch.float64)
 
 
+def _extrapolated(schedule: NoiseSchedule, x0_hat: Tensor, previous: tuple[int, Tensor] | None, t: int, s: int) -> Tensor:
+    """x0_hat continued along a line in log-SNR from the previous (t, x0_hat) to the middle of the step from t to s."""
+    if previous is None or s == 0:
+        return x0_hat
+    r_inverse = _log_snr_step(schedule, t, s) / _log_snr_step(schedule, previous[0], t)  # 0 after infinite noise
+    return x0_hat + r_inverse / 2 * (x0_hat - previous[1])
+
+
 def _log_snr_step(schedule: NoiseSchedule, t: int, s: int) -> float:
     """Half the gain in log-SNR from t to s, log(alpha_s sigma_t / (sigma_s alpha_t)); infinite from alpha_t = 0."""
     ratio = schedule.snr[s] / schedule.snr[t]
@@ -131,4 +152,4 @@ def _exponential_step(schedule: NoiseSchedule, x: Tensor, x0_hat: Tensor, t: int
     return shrink * x + (schedule.alpha[s].item() - schedule.alpha[t].item() * shrink) * x0_hat
 
 
-SAMPLERS: dict[str, Callable[..., Steps]] = {"ddpm": ddpm, "ddim": ddim, "dpmpp": dpmpp, "unipc": unipc}
+SAMPLERS: dict[str, Callable[..., Steps]] = {"ddpm": ddpm, "ddim": ddim, "dpmpp": dpmpp, "dpmpp-sde": dpmpp_sde, "unipc": unipc}

@@ -399,7 +399,7 @@ def record(state: State, config: Config, schedule: NoiseSchedule, test: Digits, 
     state.history["running"] = [0.0, 0]
     folder = Path("results") / configs.run_name(config)
     if config.train.preview:
-        options = replace(config.sample, sampler="dpmpp", steps=min(10, schedule.timesteps), digits="0123456789", guidance=1.0,
+        options = replace(config.sample, sampler="dpmpp-sde", steps=min(10, schedule.timesteps), digits="0123456789", guidance=1.0,
                           eta=0.0, variance="posterior")
         indices = range(config.train.preview)
         labels = sample.choose_labels(options.digits, config.seed, indices)

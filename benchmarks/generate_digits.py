@@ -1,6 +1,6 @@
 """Draws the data set dataset/generated/: 10,000 labelled digits, 1,000 of each, as four compressed IDX files.
 
-python benchmarks/generate_digits.py [--steps 50]
+python benchmarks/generate_digits.py [--steps 10]
 Prints the MD5s of the unpacked files, which belong into GENERATED_MD5 in dataset.py. The last 1,000 images are the
 test split. Runs from checkpoints/pretrained.pt unless --checkpoint is given.
 """
@@ -34,7 +34,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", default="checkpoints/pretrained.pt")
     parser.add_argument("--sampler", default=configs.SampleConfig().sampler)
-    parser.add_argument("--steps", default="50")
+    parser.add_argument("--steps", default="10")
     parser.add_argument("--seed", default="1")
     options = parser.parse_args()
 

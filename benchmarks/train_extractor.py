@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import metrics  # noqa: E402
 from checkpoint import write_atomically  # noqa: E402
 from config import UserError  # noqa: E402
-from dataset import load_mnist  # noqa: E402
+from dataset import load_generated, load_mnist  # noqa: E402
 from runtime import to_unit  # noqa: E402
 
 ROTATION, SCALE, SHIFT, SHEAR = 12.0, 0.12, 2.0, 0.15  # largest change: degrees, share, pixels, share
@@ -89,13 +89,17 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--lr", type=float, default=4e-3, help="peak learning rate")
     parser.add_argument("--smoothing", type=float, default=0.03, help="of the labels; more makes it less sure")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--generated", action="store_true", help="train on dataset/generated/ instead; needs --out")
     args = parser.parse_args(argv)
+    if args.generated and args.out == metrics.EXTRACTOR:
+        raise UserError("--generated: name another file with --out, so that the extractor stays what it is")
 
     test = load_mnist(args.data_dir, "test")
     if not args.verify:
-        digits = load_mnist(args.data_dir, "train")
+        digits = load_generated("train") if args.generated else load_mnist(args.data_dir, "train")
         extractor = train(digits.images, digits.labels, args)
         settings = f"--epochs {args.epochs} --batch-size {args.batch_size} --lr {args.lr:g}"
+        settings += " --generated" * args.generated
         command = f"python benchmarks/train_extractor.py {settings} --smoothing {args.smoothing:g} --seed {args.seed}"
         save(args.out, extractor, {"command": command, "torch": str(torch.__version__),
                                    **score(extractor, test.images, test.labels)})

@@ -49,13 +49,14 @@ def test_the_table_has_its_controls(untrained: list[str], workplace: Path, capsy
     assert bound["bits_per_dim"] == pytest.approx(bound["L_T"] + bound["L_kl"] + bound["L_0"])
     for name in ("evaluation.png", "neighbours.png"):
         with Image.open(workplace / "results/idx" / name) as picture:
-            assert picture.width > 300 and picture.text["sampler"] == "dpmpp"
+            assert picture.width > 300 and picture.text["sampler"] == configs.SampleConfig().sampler
 
 
 def test_the_sweep_has_a_row_for_each_cell(untrained: list[str], workplace: Path) -> None:
     assert main([*untrained, "--sweep"]) == 0
     rows = list(csv.DictReader((workplace / "results/idx/sweep.csv").open()))
-    assert [(row["sampler"], row["steps"]) for row in rows] == [("ddpm", "5"), ("ddim", "5"), ("dpmpp", "5"), ("unipc", "5"), ("ddpm", "6")]
+    assert [(row["sampler"], row["steps"]) for row in rows] == [("ddpm", "5"), ("ddim", "5"), ("dpmpp", "5"), ("dpmpp-sde", "5"), ("unipc", "5"),
+                                                              ("ddpm", "6")]
     assert all(float(row["seconds_per_256"]) > 0 and float(row["frechet_over_floor"]) > 1 for row in rows)
     assert Image.open(workplace / "results/idx/sweep.png").width > 300
 

@@ -35,12 +35,13 @@ def schedule():
 
 
 @pytest.mark.parametrize("options", [
-    OPTIONS,
+    replace(OPTIONS, sampler="dpmpp"),
+    replace(OPTIONS, sampler="dpmpp-sde"),
     replace(OPTIONS, sampler="ddpm"),
     replace(OPTIONS, sampler="ddpm", variance="upper", guidance=2.0),
     replace(OPTIONS, sampler="ddim", eta=0.5),
     replace(OPTIONS, sampler="unipc", guidance=1.5),
-], ids=["dpmpp", "ddpm", "ddpm-guided", "ddim", "unipc-guided"])
+], ids=["dpmpp", "dpmpp-sde", "ddpm", "ddpm-guided", "ddim", "unipc-guided"])
 def test_an_image_is_bitwise_the_same_alone_and_among_many(network, schedule, options):
     def drawn(indices):
         return draw(network, schedule, options, 7, indices, choose_labels(None, 7, indices), CPU)

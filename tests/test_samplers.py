@@ -99,7 +99,7 @@ def test_impossible_steps_are_a_user_error(steps):
 # What every sampler promises
 
 
-@pytest.mark.parametrize("name, options", DETERMINISTIC + STOCHASTIC)
+@pytest.mark.parametrize("name, options", [*DETERMINISTIC, *STOCHASTIC, ("dpmpp-sde", {})])
 @pytest.mark.parametrize("timesteps", [[100, 0], [100, 99, 3, 2, 0], [100, 61, 20], [60, 30, 0]])
 def test_one_state_and_one_evaluation_per_step(name, options, timesteps):
     schedule, asked = schedule_of("cosine"), []
@@ -119,7 +119,7 @@ def test_one_state_and_one_evaluation_per_step(name, options, timesteps):
         assert torch.equal(x0_hat, 0.5 * evaluated)
 
 
-@pytest.mark.parametrize("name, options", DETERMINISTIC + STOCHASTIC)
+@pytest.mark.parametrize("name, options", [*DETERMINISTIC, *STOCHASTIC, ("dpmpp-sde", {})])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_dtype_is_kept(name, options, dtype):
     schedule, timesteps = schedule_of("zero"), spaced_timesteps(T, 6)
@@ -128,7 +128,7 @@ def test_dtype_is_kept(name, options, dtype):
         assert x.dtype == dtype and x0_hat.dtype == dtype
 
 
-@pytest.mark.parametrize("name, options", DETERMINISTIC + STOCHASTIC)
+@pytest.mark.parametrize("name, options", [*DETERMINISTIC, *STOCHASTIC, ("dpmpp-sde", {})])
 @pytest.mark.parametrize("prediction", ["v", "x0"])
 @pytest.mark.parametrize("steps", [1, 2, 5, T])
 def test_zero_terminal_snr_stays_finite(name, options, prediction, steps):
@@ -147,7 +147,7 @@ def test_zero_terminal_snr_stays_finite(name, options, prediction, steps):
 def test_the_last_state_is_the_last_estimate(name):
     """At t = 0 there is no noise: none is added in the last step, and a solver's last step is of first order."""
     schedule, timesteps = schedule_of(name), spaced_timesteps(T, 10)
-    for sampler, options in DETERMINISTIC + STOCHASTIC:
+    for sampler, options in [*DETERMINISTIC, *STOCHASTIC, ("dpmpp-sde", {})]:
         basis = Basis(10)
         seen = states(sampler, standard_normal(schedule), schedule, basis.start, timesteps, basis, **options)
         torch.testing.assert_close(seen[-1][1], seen[-1][2], rtol=1e-12, atol=1e-12)
@@ -158,7 +158,7 @@ def test_the_last_state_is_the_last_estimate(name):
 # Data at a single point
 
 
-@pytest.mark.parametrize("name, options", DETERMINISTIC + STOCHASTIC)
+@pytest.mark.parametrize("name, options", [*DETERMINISTIC, *STOCHASTIC, ("dpmpp-sde", {})])
 @pytest.mark.parametrize("schedule_name", SCHEDULES)
 @pytest.mark.parametrize("steps", [1, 5, T])
 def test_point_mass_is_returned(name, options, schedule_name, steps):
@@ -279,7 +279,44 @@ def test_variance_of_standard_normal_data(name, options, schedule_name, steps):
         assert x.square().sum().item() == pytest.approx(expected, rel=1e-8)
 
 
-@pytest.mark.parametrize("name, options", DETERMINISTIC + STOCHASTIC)
+@pytest.mark.parametrize("schedule_name", SCHEDULES)
+@pytest.mark.parametrize("steps", STEPS)
+def test_stochastic_dpmpp_on_standard_normal_data(schedule_name, steps):
+    """Against the reverse SDE's exact solution for x0_hat on a straight line, in terms of h, the gain in log-SNR / 2."""
+    schedule, timesteps, basis = schedule_of(schedule_name), spaced_timesteps(T, steps), Basis(steps)
+    alpha, sigma = schedule.alpha.tolist(), schedule.sigma.tolist()
+    x, before, noises = basis.start, None, iter(torch.eye(steps + 1, dtype=torch.float64)[1:])
+    seen = states("dpmpp-sde", standard_normal(schedule), schedule, basis.start, timesteps, basis)
+    for t, (s, state, x0_hat) in zip(timesteps, seen):
+        x0 = alpha[t] * x
+        torch.testing.assert_close(x0_hat, x0, rtol=1e-8, atol=1e-10)
+        if s == 0:
+            x = x0
+        else:
+            shrink = sigma[s] * alpha[t] / (alpha[s] * sigma[t])  # exp(-h)
+            middle = x0
+            if before is not None and before[1] < math.inf:
+                middle = x0 - math.log(shrink) / before[1] / 2 * (x0 - before[0])
+            x = sigma[s] / sigma[t] * shrink * x + alpha[s] * (1 - shrink**2) * middle
+            x = x + sigma[s] * math.sqrt(1 - shrink**2) * next(noises)
+            before = x0, (-math.log(shrink) if shrink > 0 else math.inf)
+        torch.testing.assert_close(state, x, rtol=1e-8, atol=1e-10)
+
+
+def test_stochastic_dpmpp_is_ddpm_where_x0_hat_stays_the_same():
+    schedule, timesteps = schedule_of("cosine"), spaced_timesteps(T, 7)
+    x = torch.tensor([1.0, -0.3], dtype=torch.float64)
+    one, other = (final(name, lambda x, t: torch.full_like(x, 0.4), schedule, x, timesteps[:-1], stream(x)) for name in ("dpmpp-sde", "ddpm"))
+    torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
+def stream(x):
+    """randn() that gives the same noises in each sampler."""
+    generator = torch.Generator().manual_seed(3)
+    return lambda: torch.randn(x.shape, generator=generator, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("name, options", [*DETERMINISTIC, *STOCHASTIC, ("dpmpp-sde", {})])
 @pytest.mark.parametrize("schedule_name", ["linear", "cosine"])
 def test_standard_normal_data_come_out_standard_normal_in_many_steps(name, options, schedule_name):
     schedule = schedule_of(schedule_name, 1000)
