@@ -1,8 +1,8 @@
 """Side by side with what one would pick instead: ours, diffusers, denoising-diffusion-pytorch, in one run on one machine.
 
     pip install -r benchmarks/requirements.txt
-    python benchmarks/peers.py --data-dir ../shared/dataset --minutes 10 --threads 2
-    python benchmarks/peers.py --data-dir ../shared/dataset --minutes 10 --threads 1 --clock cpu        (a shared machine)
+    python benchmarks/peers.py --minutes 10 --threads 2
+    python benchmarks/peers.py --minutes 10 --threads 1 --clock cpu        (a shared machine)
 
 Speed is measured in turn (A B C A B C ...), quality after the same minutes of training for each. Every finished run is
 kept in peers.json, and the same command again goes on with what is missing. The libraries download nothing; MNIST

@@ -1,7 +1,7 @@
 """The search for the default recipe: named sets of flags, each trained for the same seconds and scored by what it draws.
 
     python benchmarks/search.py --list
-    python benchmarks/search.py --data-dir ../shared/dataset --seconds 300 --only default adamw --jobs 2
+    python benchmarks/search.py --seconds 300 --only default adamw --jobs 2
     python benchmarks/search.py --table                       (only the table of what search.jsonl holds)
 
 A run has one thread and its time is CPU time, so that others on the machine cost a run little of it; on a GPU it is

@@ -1,7 +1,7 @@
 """Where the time goes, counted before it is measured: two floors, each phase's distance from them, and the levers.
 
-    python benchmarks/speed.py --data-dir ../shared/dataset --threads 2 --markdown speed.md
-    python benchmarks/speed.py --data-dir ../shared/dataset --device cuda --compile
+    python benchmarks/speed.py --threads 2 --markdown speed.md
+    python benchmarks/speed.py --device cuda --compile
 
 Whatever is compared is measured in turn (A B A B ...) and given as a median, so a busy machine is unfair to none.
 The reference network is a re-creation, from its public description, of the one this project grew out of: matched in

@@ -1,7 +1,7 @@
 """Trains checkpoints/extractor.pt, the digit classifier whose features every quality figure of this project rests on.
 
-    python benchmarks/train_extractor.py --data-dir ../shared/dataset            (a few minutes on two CPU cores)
-    python benchmarks/train_extractor.py --data-dir ../shared/dataset --verify   (measures the shipped file again)
+    python benchmarks/train_extractor.py            (a few minutes on two CPU cores)
+    python benchmarks/train_extractor.py --verify   (measures the shipped file again)
 
 A new file has a new digest, and figures compare only under one digest: train it again only to change it.
 """
