@@ -103,12 +103,12 @@ def one_line(text: str) -> str:
 
 
 @pytest.mark.parametrize("flags, said", BAD_FLAGS, ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else "")
-def test_bad_flag_is_answered_in_one_line(flags: list[str], said: str, workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_flag_is_answered_in_one_line(flags: list[str], said: str, own_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(flags) == 2
     output = capsys.readouterr()
     line = one_line(output.err)
     assert line.startswith("error: ") and said in line
-    assert not output.out and not list(workplace.iterdir())
+    assert not output.out and not list(own_folder.iterdir())
 
 
 def test_bad_flag_is_answered_before_torch_is_imported() -> None:
@@ -164,7 +164,7 @@ def test_a_damaged_stored_config_is_named(damage) -> None:
 @pytest.mark.parametrize("flags, said", [
     (["--checkpoint", "missing.pt"], "missing.pt"), (["--checkpoint", "."], "."), (["--name", "nobody"], "nobody"),
     (["--device", "cuda:99"], "cuda:99"), (["--num-images", "10", "--mode", "evaluate"], "--num-images 10")])
-def test_what_is_not_there_is_named(mode: str, flags: list[str], said: str, workplace: Path, capsys) -> None:
+def test_what_is_not_there_is_named(mode: str, flags: list[str], said: str, own_folder: Path, capsys) -> None:
     assert main(["--mode", mode, *flags]) == 2
     line = one_line(capsys.readouterr().err)
     assert line.startswith("error: ") and said in line
@@ -173,13 +173,13 @@ def test_what_is_not_there_is_named(mode: str, flags: list[str], said: str, work
 @pytest.mark.parametrize("flags, said", [
     (["--dataset", "idx", "--data-dir", "nowhere"], "nowhere"),
     (["--batch-size", "1", "--dataset", "idx", "--data-dir", "file"], "file")])
-def test_missing_data_is_named(flags: list[str], said: str, workplace: Path, capsys) -> None:
-    (workplace / "file").write_text("not a folder")
+def test_missing_data_is_named(flags: list[str], said: str, own_folder: Path, capsys) -> None:
+    (own_folder / "file").write_text("not a folder")
     assert main(flags) == 2
     assert said in one_line(capsys.readouterr().err)
 
 
-def test_a_file_where_a_folder_should_be(workplace: Path, idx_folder: Path, capsys) -> None:
-    (workplace / "checkpoints").write_text("")
+def test_a_file_where_a_folder_should_be(own_folder: Path, idx_folder: Path, capsys) -> None:
+    (own_folder / "checkpoints").write_text("")
     assert main(["--dataset", "idx", "--data-dir", str(idx_folder)]) == 2
     assert "checkpoints" in one_line(capsys.readouterr().err)

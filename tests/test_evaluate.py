@@ -19,25 +19,25 @@ from tests.conftest import TINY, write_set
 
 
 @pytest.fixture
-def untrained(workplace: Path) -> list[str]:
+def untrained(own_folder: Path) -> list[str]:
     """Flags for a checkpoint of random weights beside 400 training and 250 test images."""
-    write_set(workplace / "data", 400, 250)
+    write_set(own_folder / "data", 400, 250)
     config = configs.parse(["--dataset", "idx", "--timesteps", "6", *TINY])
     torch.manual_seed(0)
     network = UNet(config.model)
     torch.nn.init.normal_(network.head.weight, std=0.05)
     state = {"config": configs.to_dict(config), "model": None, "ema": network.state_dict(), "optimizer": None, "step": 1,
              "history": {"data": {"name": "idx", "mean": 0.1, "std": 0.3}}}
-    checkpoint.save(workplace / "some.pt", state)
+    checkpoint.save(own_folder / "some.pt", state)
     return ["--mode", "evaluate", "--dataset", "idx", "--data-dir", "data", "--checkpoint", "some.pt", "--num-images", "200", "--steps", "2", "--device", "cpu"]
 
 
-def test_the_table_has_its_controls(untrained: list[str], workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_table_has_its_controls(untrained: list[str], own_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*untrained, "--seeds", "2"]) == 0
     output = capsys.readouterr().out
     for word in ("model", "spread", "ratio to floor", "real (floor)", "noise", "bits/dim", "upper bound", "Extractor", "Memorisation"):
         assert word in output
-    found = json.loads((workplace / "results/idx/metrics.json").read_text())
+    found = json.loads((own_folder / "results/idx/metrics.json").read_text())
     assert found["images"] == 200 and len(found["seeds"]) == 2 and found["extractor"] == metrics.load_extractor().digest
     floor, noise = found["controls"]["floor"], found["controls"]["noise"]
     assert floor["frechet"] < noise["frechet"] and floor["texture"] < noise["texture"] and floor["coverage"] > noise["coverage"]
@@ -48,17 +48,17 @@ def test_the_table_has_its_controls(untrained: list[str], workplace: Path, capsy
     bound = found["bound"]
     assert bound["bits_per_dim"] == pytest.approx(bound["L_T"] + bound["L_kl"] + bound["L_0"])
     for name in ("evaluation.png", "neighbours.png"):
-        with Image.open(workplace / "results/idx" / name) as picture:
+        with Image.open(own_folder / "results/idx" / name) as picture:
             assert picture.width > 300 and picture.text["sampler"] == configs.SampleConfig().sampler
 
 
-def test_the_sweep_has_a_row_for_each_cell(untrained: list[str], workplace: Path) -> None:
+def test_the_sweep_has_a_row_for_each_cell(untrained: list[str], own_folder: Path) -> None:
     assert main([*untrained, "--sweep"]) == 0
-    rows = list(csv.DictReader((workplace / "results/idx/sweep.csv").open()))
+    rows = list(csv.DictReader((own_folder / "results/idx/sweep.csv").open()))
     assert [(row["sampler"], row["steps"]) for row in rows] == [("ddpm", "5"), ("ddim", "5"), ("dpmpp", "5"), ("dpmpp-sde", "5"), ("unipc", "5"),
                                                               ("ddpm", "6")]
     assert all(float(row["seconds_per_256"]) > 0 and float(row["frechet_over_floor"]) > 1 for row in rows)
-    assert Image.open(workplace / "results/idx/sweep.png").width > 300
+    assert Image.open(own_folder / "results/idx/sweep.png").width > 300
 
 
 def test_real_images_measure_as_the_floor(idx_folder: Path) -> None:
@@ -92,15 +92,15 @@ def test_what_can_not_be_measured_is_refused(flags: list[str], said: str, untrai
     assert len(error.splitlines()) == 1 and said in error
 
 
-def test_too_few_real_images(untrained: list[str], workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    write_set(workplace / "data", 400, 100)
+def test_too_few_real_images(untrained: list[str], own_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_set(own_folder / "data", 400, 100)
     assert main(untrained) == 2
     assert "too few" in capsys.readouterr().err
 
 
-def test_weights_of_another_network_are_refused(untrained: list[str], workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    state = checkpoint.load(workplace / "some.pt")
+def test_weights_of_another_network_are_refused(untrained: list[str], own_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    state = checkpoint.load(own_folder / "some.pt")
     state["ema"]["stem.weight"] = torch.zeros(8, 3, 3, 3)  # colour images
-    checkpoint.save(workplace / "some.pt", state)
+    checkpoint.save(own_folder / "some.pt", state)
     assert main(untrained) == 2
     assert "stem.weight" in capsys.readouterr().err

@@ -18,12 +18,12 @@ CPU = Runtime(torch.device("cpu"), bf16=False, compile=False)
 
 
 @pytest.fixture
-def offline(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def offline(own_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     def fail(root: Path) -> None:
         raise UserError("MNIST can't be downloaded (no network)")
 
     monkeypatch.setattr(dataset, "download_mnist", fail)
-    return workplace
+    return own_folder
 
 
 def test_generated_digits_are_whole_and_balanced() -> None:
@@ -47,8 +47,8 @@ def test_a_changed_generated_file_is_refused(tmp_path: Path, monkeypatch: pytest
         dataset.load_generated("test")
 
 
-def test_auto_prefers_mnist_that_is_there(workplace: Path) -> None:
-    raw = workplace / "dataset/mnist/MNIST/raw"
+def test_auto_prefers_mnist_that_is_there(own_folder: Path) -> None:
+    raw = own_folder / "dataset/mnist/MNIST/raw"
     raw.mkdir(parents=True)
     for name in dataset.MNIST_MD5:
         (raw / name).write_bytes(b"")

@@ -68,10 +68,10 @@ def finished(tmp_path_factory: pytest.TempPathFactory, idx_folder: Path) -> Path
 
 
 @pytest.fixture
-def there(finished: Path, workplace: Path) -> Path:
+def there(finished: Path, own_folder: Path) -> Path:
     """A copy of it as the current folder."""
-    shutil.copytree(finished, workplace, dirs_exist_ok=True)
-    return workplace
+    shutil.copytree(finished, own_folder, dirs_exist_ok=True)
+    return own_folder
 
 
 def refused(arguments: list[str], capsys: Capture) -> str:
@@ -145,7 +145,7 @@ def test_a_step_that_is_not_finite_changes_nothing(broken: Callable[[torch.Tenso
     assert step() is not None and everything() != before
 
 
-def test_skipped_steps_are_counted(workplace: Path, flags: list[str], monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+def test_skipped_steps_are_counted(own_folder: Path, flags: list[str], monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
     poison(range(3, 5), monkeypatch)
     assert main(flags) == 0
     assert "16 steps" in (output := capsys.readouterr().out) and "2 steps skipped" in output
@@ -153,7 +153,7 @@ def test_skipped_steps_are_counted(workplace: Path, flags: list[str], monkeypatc
     assert [row["skipped"] for row in rows if row["step"] in ("2", "3", "4", "16")] == ["0", "1", "2", "2"]
 
 
-def test_many_bad_steps_in_a_row_end_the_run_and_leave_the_checkpoint(workplace: Path, flags: list[str],
+def test_many_bad_steps_in_a_row_end_the_run_and_leave_the_checkpoint(own_folder: Path, flags: list[str],
                                                                       monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
     flags = [*flags, "--epochs", "3"]
     with monkeypatch.context() as patch:
@@ -166,7 +166,7 @@ def test_many_bad_steps_in_a_row_end_the_run_and_leave_the_checkpoint(workplace:
     assert main(flags) == 0 and "3 steps, 0.4 epochs" in capsys.readouterr().out  # where the numbers are good again, it goes on
 
 
-def test_a_run_that_never_was_good_has_no_checkpoint(workplace: Path, flags: list[str], monkeypatch: pytest.MonkeyPatch,
+def test_a_run_that_never_was_good_has_no_checkpoint(own_folder: Path, flags: list[str], monkeypatch: pytest.MonkeyPatch,
                                                      capsys: Capture) -> None:
     poison(range(1000), monkeypatch)
     monkeypatch.setattr(train, "BAD_STEPS", 3)
@@ -214,7 +214,7 @@ def test_weights_that_draw_nonsense_are_called_out(there: Path, capsys: Capture)
 # Going on
 
 
-def test_dropout_is_the_same_after_a_stop(workplace: Path, flags: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dropout_is_the_same_after_a_stop(own_folder: Path, flags: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     flags = [*flags, "--dropout", "0.5", "--epochs", "1"]
     assert main([*flags, "--seed", "3", "--name", "straight"]) == 0
     stop_at(3, monkeypatch)
@@ -222,15 +222,15 @@ def test_dropout_is_the_same_after_a_stop(workplace: Path, flags: list[str], mon
     assert checkpoint.load(Path("checkpoints/stopped/last.pt"))["step"] == 3
     torch.manual_seed(99)
     assert main([*flags, "--seed", "3", "--name", "stopped"]) == 0
-    assert_same(learned(workplace, "straight"), learned(workplace, "stopped"))
+    assert_same(learned(own_folder, "straight"), learned(own_folder, "stopped"))
 
 
-def test_a_stop_in_the_last_step_loses_neither_its_row_nor_the_pictures(finished: Path, workplace: Path, flags: list[str],
+def test_a_stop_in_the_last_step_loses_neither_its_row_nor_the_pictures(finished: Path, own_folder: Path, flags: list[str],
                                                                         monkeypatch: pytest.MonkeyPatch) -> None:
     stop_at(16, monkeypatch)
     assert main(flags) == 130 and not Path("results/idx/sample.png").exists()
     assert main(flags) == 0
-    assert_same(learned(finished), learned(workplace))
+    assert_same(learned(finished), learned(own_folder))
 
 
 def test_a_run_that_was_killed_while_drawing_draws(there: Path, flags: list[str], capsys: Capture) -> None:
@@ -243,21 +243,21 @@ def test_a_run_that_was_killed_while_drawing_draws(there: Path, flags: list[str]
 
 
 @pytest.mark.parametrize("schedule, end", [("linear", "falls to zero"), ("constant", "stays there")])
-def test_more_epochs_extend_a_run_and_say_what_the_rate_does(schedule: str, end: str, workplace: Path, flags: list[str],
+def test_more_epochs_extend_a_run_and_say_what_the_rate_does(schedule: str, end: str, own_folder: Path, flags: list[str],
                                                              capsys: Capture) -> None:
     flags = [*flags, "--lr-schedule", schedule, "--warmup", "0", "--lr", "0.01"]
     assert main([*flags, "--epochs", "1"]) == 0
-    short = learned(workplace)["rows"]
+    short = learned(own_folder)["rows"]
     capsys.readouterr()
     assert main([*flags, "--epochs", "2"]) == 0
     output = capsys.readouterr().out
     assert "Its length is now 2 epochs, no longer 1 epoch:" in output and end in output
     assert ("goes from 0 to 0.005" if schedule == "linear" else "goes from 0.01 to 0.01") in output
-    rows = learned(workplace)["rows"]
+    rows = learned(own_folder)["rows"]
     assert rows[:len(short)] == short and rows[-1]["step"] == "16"
 
 
-def test_minutes_used_are_remembered(workplace: Path, flags: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_minutes_used_are_remembered(own_folder: Path, flags: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """With a clock that a step moves on by a second."""
     clock, taken = SimpleNamespace(seconds=0.0), train.training_step
 
@@ -345,9 +345,9 @@ def test_a_damaged_checkpoint_is_named_kept_and_the_one_before_offered(mode: str
         assert main(arguments) == 0 and "Going on" in capsys.readouterr().out
 
 
-def test_what_the_end_needs_is_checked_at_the_start(workplace: Path, flags: list[str], capsys: Capture) -> None:
+def test_what_the_end_needs_is_checked_at_the_start(own_folder: Path, flags: list[str], capsys: Capture) -> None:
     assert "--steps 3" in refused([*flags, "--timesteps", "2"], capsys)
-    assert not list(workplace.iterdir())
+    assert not list(own_folder.iterdir())
 
 
 # The disk
@@ -390,7 +390,7 @@ def test_no_room_for_a_picture(name: str, suffix: str, there: Path, flags: list[
 
 
 @pytest.mark.parametrize("place", ["results", "results/idx", "checkpoints/idx", "checkpoints/idx/lock/folder"])
-def test_a_place_that_is_taken(place: str, workplace: Path, flags: list[str], capsys: Capture) -> None:
+def test_a_place_that_is_taken(place: str, own_folder: Path, flags: list[str], capsys: Capture) -> None:
     Path(place).parent.mkdir(parents=True, exist_ok=True)
     Path(place).write_text("")
     assert place.removesuffix("/lock/folder") in refused(flags, capsys)
@@ -410,12 +410,12 @@ def hang(*_: Any) -> None:
     time.sleep(1000)
 
 
-def test_a_second_ctrl_c_leaves_at_once_and_loses_nothing(workplace: Path, flags: list[str]) -> None:
+def test_a_second_ctrl_c_leaves_at_once_and_loses_nothing(own_folder: Path, flags: list[str]) -> None:
     flags = [*flags, "--epochs", "1000"]
-    program = start(workplace, *flags, changes={"train.SAVE_SECONDS": 0.0, "plots.save_losses": nothing, "os.fsync": fsync_or_hang})
+    program = start(own_folder, *flags, changes={"train.SAVE_SECONDS": 0.0, "plots.save_losses": nothing, "os.fsync": fsync_or_hang})
     wait_for(LAST.exists)
-    (workplace / "hang").touch()
-    wait_for(lambda: list(workplace.rglob("*.part")))
+    (own_folder / "hang").touch()
+    wait_for(lambda: list(own_folder.rglob("*.part")))
     time.sleep(0.1)
     before = LAST.read_bytes()
     program.signal(signal.SIGINT)
@@ -424,9 +424,9 @@ def test_a_second_ctrl_c_leaves_at_once_and_loses_nothing(workplace: Path, flags
     program.signal(signal.SIGINT)
     program.finish(130, seconds=60)
     assert LAST.read_bytes() == before
-    (workplace / "hang").unlink()
+    (own_folder / "hang").unlink()
     step = checkpoint.load(LAST)["step"]
-    again = start(workplace, *flags, changes={"train.SAVE_SECONDS": 0.0, "plots.save_losses": nothing})
+    again = start(own_folder, *flags, changes={"train.SAVE_SECONDS": 0.0, "plots.save_losses": nothing})
     wait_for(lambda: f"Going on with the run in checkpoints/idx ({step:,} steps" in again.output)
     wait_for(lambda: LAST.read_bytes() != before)
     again.signal(signal.SIGTERM)
@@ -472,8 +472,8 @@ def test_all_processes_leave_together_with_one_line(there: Path, flags: list[str
     assert "last.pt" in end_alike(start_ranks(there, 2, *flags, "--epochs", "3"))
 
 
-def test_a_run_stopped_on_two_processes_goes_on_on_one(finished: Path, workplace: Path, flags: list[str], capsys: Capture) -> None:
-    programs = start_ranks(workplace, 2, *flags, "--preview", "1",
+def test_a_run_stopped_on_two_processes_goes_on_on_one(finished: Path, own_folder: Path, flags: list[str], capsys: Capture) -> None:
+    programs = start_ranks(own_folder, 2, *flags, "--preview", "1",
                            changes={"train.SAVE_SECONDS": 0.0, "plots.save_losses": nothing, "train.BAD_STEPS": 20})
     wait_for(Path("results/idx/preview-0000002.png").exists)
     programs[1].signal(signal.SIGTERM)  # whichever of them gets it
@@ -481,8 +481,8 @@ def test_a_run_stopped_on_two_processes_goes_on_on_one(finished: Path, workplace
     assert "same command again" in outputs[0] and not outputs[1]
     assert 2 <= checkpoint.load(LAST)["step"] < 16
     assert main(flags) == 0 and "Going on" in capsys.readouterr().out
-    assert_close(learned(finished), learned(workplace))
+    assert_close(learned(finished), learned(own_folder))
 
 
-def test_too_few_images_for_the_processes(workplace: Path, flags: list[str]) -> None:
-    assert "--batch-size 1" in end_alike(start_ranks(workplace, 2, *flags, "--batch-size", "1"))
+def test_too_few_images_for_the_processes(own_folder: Path, flags: list[str]) -> None:
+    assert "--batch-size 1" in end_alike(start_ranks(own_folder, 2, *flags, "--batch-size", "1"))
