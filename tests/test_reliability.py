@@ -33,7 +33,7 @@ from runtime import Runtime
 from tests.conftest import TINY, write_set
 from tests.processes import assert_close, assert_same, learned, nothing, start, start_ranks, wait_for
 
-RUN = ["--dataset", "idx", "--batch-size", "32", "--epochs", "2", "--timesteps", "100", "--preview", "0", "--device", "cpu", *TINY,
+RUN = ["--dataset", "idx", "--batch-size", "8", "--epochs", "2", "--timesteps", "100", "--preview", "0", "--device", "cpu", *TINY,
        "--steps", "3", "--num-images", "16"]  # 16 steps
 SAMPLE = ["--mode", "sample", "--dataset", "idx", "--device", "cpu", "--steps", "3", "--num-images", "16"]
 LAST, PREVIOUS = Path("checkpoints/idx/last.pt"), Path("checkpoints/idx/previous.pt")
@@ -49,6 +49,12 @@ def quick() -> Iterator[None]:
         patch.setattr(plots, "save_losses", nothing)
         yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def idx_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A smaller set than the other tests have, for 8 steps of 8 images in an epoch."""
+    return write_set(tmp_path_factory.mktemp("idx"), train=64, test=32)
 
 
 @pytest.fixture
@@ -118,7 +124,7 @@ def poison(steps: range, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("broken", [
-    lambda loss: loss * torch.tensor([1.0] * 31 + [torch.nan]),
+    lambda loss: loss * torch.tensor([1.0] * 7 + [torch.nan]),
     lambda loss: loss + torch.inf,
     lambda loss: 1 + (0 * loss).sqrt(),  # the loss is 1, but its gradient is not a number
 ], ids=["one nan", "inf", "gradient"])
@@ -263,17 +269,17 @@ def test_minutes_used_are_remembered(own_folder: Path, flags: list[str], monkeyp
 
     def step(*arguments: Any) -> float | None:
         clock.seconds += 1
-        if clock.seconds == 10:
+        if clock.seconds == 4:
             os.kill(os.getpid(), signal.SIGINT)
         return taken(*arguments)
 
     monkeypatch.setattr(train, "training_step", step)
     monkeypatch.setattr(train, "time", SimpleNamespace(perf_counter=lambda: clock.seconds))
-    flags = [*flags, "--minutes", "0.5"]
-    assert main(flags) == 130 and checkpoint.load(LAST)["history"]["seconds"] == 10
+    flags = [*flags, "--minutes", "0.2"]
+    assert main(flags) == 130 and checkpoint.load(LAST)["history"]["seconds"] == 4
     clock.seconds += 1000
     assert main(flags) == 0
-    assert checkpoint.load(LAST)["step"] == 30 and checkpoint.load(LAST)["history"]["seconds"] == 30
+    assert checkpoint.load(LAST)["step"] == 12 and checkpoint.load(LAST)["history"]["seconds"] == 12
 
 
 def test_fresh_keeps_what_was_there(there: Path, flags: list[str], idx_folder: Path, capsys: Capture) -> None:
@@ -300,10 +306,10 @@ def test_other_images_under_the_same_name(there: Path, flags: list[str], tmp_pat
     content = bytearray(images.read_bytes())
     content[-1] ^= 1
     images.write_bytes(content)
-    smaller = write_set(tmp_path / "smaller", train=128)
+    smaller = write_set(tmp_path / "smaller", train=32)
     for folder in (other, smaller):
         line = refused([*flags, "--data-dir", str(folder), "--epochs", "3"], capsys)
-        assert "other images" in line and "256, digest" in line and "--fresh" in line
+        assert "other images" in line and "64, digest" in line and "--fresh" in line
     assert LAST.read_bytes() == before
 
 
