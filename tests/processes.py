@@ -50,7 +50,8 @@ class Program:
         return self.process.is_alive()
 
     def signal(self, number: int) -> None:
-        os.kill(self.process.pid or 0, number)
+        if self.running():
+            os.kill(self.process.pid, number)
 
     def kill(self) -> None:
         self.process.kill()
