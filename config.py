@@ -21,7 +21,7 @@ class ModelConfig:
     """model: the U-Net (its stages are named by their resolution: 28, 14 and 7 pixels)"""
 
     channels: tuple[int, ...] = (16, 32, 96)  # channels at 28, 14 and 7 pixels
-    blocks: tuple[int, ...] = (1, 2, 2)  # residual blocks at 28, 14 and 7 pixels, on the way down and up again
+    blocks: tuple[int, ...] = (1, 1, 1)  # residual blocks at 28, 14 and 7 pixels, on the way down and up again
     attention: tuple[int, ...] = (7,)  # resolutions with self-attention, out of 28, 14 and 7; give none for no attention
     embedding: int = 128  # width of the embedding of time and digit
     groups: int = 8  # groups of each GroupNorm; has to divide every channel count
@@ -52,6 +52,7 @@ class TrainConfig:
     weight_decay: float = 0.01  # decoupled weight decay, times the learning rate
     grad_clip: float = 1.0  # largest norm of the gradient
     ema: float = 0.999  # decay of the averaged weights per step, warmed up; 0: no averaging
+    clip_loss: bool = True  # errors beyond black and white, which drawing clips, cost nothing; paper: --no-clip-loss
     label_dropout: float = 0.1  # share of images trained without their label
     preview: int = 64  # images in each preview grid during training; 0: none
     fresh: bool = False  # start over; the old checkpoint is kept under another name

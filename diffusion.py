@@ -134,11 +134,18 @@ def loss_weights(schedule: NoiseSchedule) -> Tensor:
 
 
 def diffusion_loss(network: Network, schedule: NoiseSchedule, x0: Tensor, labels: Tensor, t: Tensor,
-                   noise: Tensor) -> Tensor:
-    """Weighted mean squared error of each image's prediction -> [B], float32 (2006.11239, eq. 14, and its kin)."""
+                   noise: Tensor, clip: bool = False) -> Tensor:
+    """Weighted mean squared error of each image's prediction -> [B], float32 (2006.11239, eq. 14, and its kin).
+
+    With clip, a pixel at the edge of [-1, 1] costs nothing where the x0 predicted for it lies beyond that edge, as the
+    denoiser clips it onto it: the loss of what is drawn. The best prediction within [-1, 1] stays the mean.
+    """
     prediction = network(add_noise(schedule, x0, t, noise), t, labels).float()
-    error = (prediction - target(schedule, x0, t, noise)).square().flatten(1).mean(1)
-    return schedule.at(loss_weights(schedule), t).flatten() * error
+    error = prediction - target(schedule, x0, t, noise)
+    if clip:
+        outwards = x0 if schedule.prediction == "x0" else -x0  # a larger noise or v stands for a smaller x0
+        error = error.masked_fill((outwards * error > 0) & (x0.abs() >= 1), 0)
+    return schedule.at(loss_weights(schedule), t).flatten() * error.square().flatten(1).mean(1)
 
 
 def stratified_timesteps(timesteps: int, batch_size: int, offset: Tensor) -> Tensor:

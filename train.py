@@ -166,7 +166,7 @@ def training_step(forward: Network, state: State, schedule: NoiseSchedule, digit
     if config.model.dropout:
         torch.manual_seed(seed_of(config.seed, DROPOUT_STREAM, state.step, runtime.rank))
     with runtime.autocast():
-        losses = diffusion_loss(forward, schedule, images, labels, t, noise)
+        losses = diffusion_loss(forward, schedule, images, labels, t, noise, options.clip_loss)
     # DistributedDataParallel averages over processes; the shares of the batch may differ by one image.
     loss = losses.sum() * (runtime.world / options.batch_size)
     loss.backward()
@@ -420,7 +420,8 @@ def test_loss(network: nn.Module, schedule: NoiseSchedule, test: Digits, config:
     with torch.inference_mode(), runtime.autocast():
         for part in torch.arange(number).split(250):
             x0, labels = to_unit(test.images[part.to(runtime.device)]), test.labels[part.to(runtime.device)]
-            losses.append(diffusion_loss(network, schedule, x0, labels, t[part].to(runtime.device), noise[part].to(runtime.device)))
+            losses.append(diffusion_loss(network, schedule, x0, labels, t[part].to(runtime.device), noise[part].to(runtime.device),
+                                         config.train.clip_loss))
     loss, level = torch.cat(losses).double().cpu(), (t - 1) * LEVELS // schedule.timesteps
     return [loss[level == i].mean().item() if (level == i).any() else math.nan for i in range(LEVELS)]
 
@@ -449,7 +450,7 @@ def reference(config: Config) -> dict[str, Any] | None:
         shipped = checkpoint.load(PRETRAINED)
     except UserError:
         return None
-    theirs, ours = shipped["config"]["diffusion"], configs.to_dict(config.diffusion)
+    theirs, ours = ((c["diffusion"], c["train"].get("clip_loss")) for c in (shipped["config"], configs.to_dict(config)))
     data = shipped["history"].get("data", {})
     if theirs != ours or data.get("name") != config.dataset or not shipped["history"].get("columns"):
         return None

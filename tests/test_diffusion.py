@@ -322,6 +322,28 @@ def test_loss_is_per_image_float32_and_zero_for_the_right_answer(prediction, wei
     assert torch.equal(exact, torch.zeros(5))
 
 
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_clipped_loss_is_that_of_what_is_drawn(prediction):
+    """An answer that stands for x0_hat costs as much as its clipped self where x0 is at an edge, and all of it elsewhere."""
+    schedule, t = schedule_of("cosine", 100, prediction), torch.tensor([1, 10, 50, 90])
+    x0 = torch.tensor([-1.0, 1, 0.5, -1]).repeat(4, 1, 28, 7)
+    x0_hat = x0 + 0.4 * noise_like(x0, 3)
+    noise = noise_like(x0)
+    x_t = add_noise(schedule, x0, t, noise)
+    alpha, sigma = (schedule.at(part, t) for part in (schedule.alpha, schedule.sigma))
+
+    def loss(x0_hat, clip):
+        implied = (x_t - alpha * x0_hat) / sigma  # the noise that goes with x_t and x0_hat
+        answer = {"noise": implied, "x0": x0_hat, "v": alpha * implied - sigma * x0_hat}[prediction]
+        return diffusion_loss(lambda x, t, label: answer, schedule, x0, torch.zeros(4).long(), t, noise, clip)
+
+    at_edge = torch.where(x0.abs() == 1, x0_hat.clamp(-1, 1), x0_hat)
+    torch.testing.assert_close(loss(x0_hat, True), loss(at_edge, False), rtol=1e-3, atol=1e-6)
+    assert (loss(x0_hat, True) < 0.8 * loss(x0_hat, False)).all()
+    inside = x0 * 0.3
+    torch.testing.assert_close(loss(inside, True), loss(inside, False))
+
+
 @pytest.mark.parametrize("prediction", ["x0", "v"])
 @pytest.mark.parametrize("weighting", WEIGHTINGS)
 def test_zero_terminal_snr_stays_finite(prediction, weighting):

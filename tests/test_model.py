@@ -174,16 +174,14 @@ def test_gflop_is_a_count_by_hand(attention):
     def conv(pixels, channels_in, channels_out, size):
         return pixels**2 * channels_in * channels_out * size**2
 
-    def block(pixels, channels_in, channels):
-        skip = conv(pixels, channels_in, channels, 1) if channels_in != channels else 0
-        told = width * 2 * channels  # scale and shift out of the embedding
-        return conv(pixels, channels_in, channels, 3) + conv(pixels, channels, channels, 3) + skip + told
+    def block(pixels, channels):
+        return 2 * conv(pixels, channels, channels, 3) + width * 2 * channels  # scale and shift out of the embedding
 
     count = 2 * width * width  # the embedding of time
     count += conv(28, 1, a, 3) + conv(28, a, 1, 3)  # stem and head
-    count += conv(14, a, b, 3) + conv(7, b, c, 3) + conv(14, c, b, 3) + conv(28, b, a, 3)  # between resolutions
+    count += conv(14, a, b, 3) + conv(7, b, c, 3) + conv(14, c, b, 1) + conv(28, b, a, 1)  # between resolutions
     for pixels, channels in ((28, a), (14, b), (7, c)):
-        count += block(pixels, channels, channels) + block(pixels, 2 * channels, channels)
+        count += 2 * block(pixels, channels)
         if pixels in attention:
             count += 2 * (conv(pixels, channels, 4 * channels, 1) + 2 * pixels**4 * channels)
     assert gflop_per_image(config) == pytest.approx(2 * count / 1e9, rel=1e-9)
