@@ -11,12 +11,12 @@ itself is fetched only where --data-dir lacks it.
 Settings, meant to be fair. All: the same images on the device, batch 64, gradient norm clipped at 1, the averaged weights
 drawn with 10 network evaluations, 2,000 images judged as in mode evaluate; the clock stops while images are judged.
   ours         the defaults of config.py; each length of training is a run of its own, since the rate decays over a run
-  diffusers    UNet2DModel with our widths 16-32-96 and attention at 7x7, one layer a block, as many parameters as ours,
+  diffusers    UNet2DModel with widths 16-32-64 and attention at 7x7, one layer a block: about as many parameters as ours;
                told the digit (num_class_embeds); DDPMScheduler squaredcos_cap_v2, noise prediction, T = 1000; AdamW at
                1e-3 and its EMAModel with warm-up (inv_gamma 1, power 3/4, as its unconditional example);
                drawn by DPMSolverMultistepScheduler with lambda_min_clipped -5.1, which its documentation asks for with
                this schedule, and thresholding, which it advises in pixel space
-  ddp          denoising-diffusion-pytorch's Unet(dim=24, dim_mults=(1, 2, 4)), about as many parameters, unconditional as
+  ddp          denoising-diffusion-pytorch's Unet(dim=16, dim_mults=(1, 2, 4)), about as many parameters, unconditional as
                it comes; GaussianDiffusion's defaults (v, sigmoid schedule, T = 1000); Adam at 8e-5 with betas 0.9, 0.99 and
                EMA 0.995 every 10 steps, as its readme; drawn by its DDIM
   ddp 1e-3     the same with Adam at 1e-3, since 8e-5 is meant for far longer runs
@@ -99,7 +99,7 @@ def ours(digits: Digits, runtime: Runtime, options: argparse.Namespace) -> Conte
 def diffusers(digits: Digits, runtime: Runtime, options: argparse.Namespace) -> Contender:
     device, size = runtime.device, options.batch_size
     network = UNet2DModel(
-        sample_size=28, in_channels=1, out_channels=1, layers_per_block=1, block_out_channels=(16, 32, 96), norm_num_groups=8,
+        sample_size=28, in_channels=1, out_channels=1, layers_per_block=1, block_out_channels=(16, 32, 64), norm_num_groups=8,
         num_class_embeds=10, down_block_types=("DownBlock2D", "DownBlock2D", "AttnDownBlock2D"),
         up_block_types=("AttnUpBlock2D", "UpBlock2D", "UpBlock2D")).to(device).train()
     noising = DDPMScheduler(num_train_timesteps=LONG, beta_schedule="squaredcos_cap_v2")
@@ -141,7 +141,7 @@ def diffusers(digits: Digits, runtime: Runtime, options: argparse.Namespace) -> 
 
 def denoising_diffusion(digits: Digits, runtime: Runtime, options: argparse.Namespace, lr: float = 8e-5) -> Contender:
     device, size = runtime.device, options.batch_size
-    network = Unet(dim=24, dim_mults=(1, 2, 4), channels=1)
+    network = Unet(dim=16, dim_mults=(1, 2, 4), channels=1)
     diffusion = GaussianDiffusion(network, image_size=28, timesteps=LONG, sampling_timesteps=STEPS).to(device).train()
     optimizer = torch.optim.Adam(diffusion.parameters(), lr=lr, betas=(0.9, 0.99))
     average = EMA(diffusion, beta=0.995, update_every=10).to(device)

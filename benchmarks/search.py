@@ -36,13 +36,13 @@ RECIPES: dict[str, str] = {
     "default": "",
     "adamw": "--optimizer adamw",
     "muon lr 5e-3": "--lr 5e-3",
-    "narrow 8-32-96": "--channels 8 32 96",
+    "plain loss": "--no-clip-loss",
+    "blocks 1-2-2": "--blocks 1 2 2",
     "wide 16-48-128": "--channels 16 48 128",
-    "blocks 1-1-1": "--blocks 1 1 1",
     "batch 32": "--batch-size 32",
     "min-snr": "--weighting min-snr",
     "noise": "--prediction noise",
-    "ddpm": "--prediction noise --schedule linear",
+    "ddpm": "--prediction noise --schedule linear --no-clip-loss",
     "no attention": "--attention",
     "muon lr 1e-3": "--lr 1e-3",
     "batch 128": "--batch-size 128",
@@ -58,8 +58,9 @@ RECIPES: dict[str, str] = {
     "muon lr 1e-2": "--lr 1e-2",
     "batch 32 lr 1e-3": "--batch-size 32 --lr 1e-3",
     "no weight decay": "--weight-decay 0",
-    "blocks 2-2-2": "--blocks 2 2 2",
-    "original": "--prediction noise --schedule linear --optimizer adamw --lr 1e-4 --lr-schedule constant --batch-size 128",
+    "narrow 8-32-96": "--channels 8 32 96",
+    "blocks 2-1-1": "--blocks 2 1 1",
+    "original": "--no-clip-loss --prediction noise --schedule linear --optimizer adamw --lr 1e-4 --lr-schedule constant --batch-size 128",
 }
 
 

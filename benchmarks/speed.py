@@ -86,11 +86,13 @@ def count(network: nn.Module) -> tuple[int, float, dict[int, float], float]:
 
     def look(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         nonlocal values
-        if isinstance(layer, (nn.Conv2d, nn.Linear, nn.GroupNorm, nn.BatchNorm2d)):
+        convolutions = (nn.Conv2d, nn.ConvTranspose2d)
+        if isinstance(layer, (*convolutions, nn.Linear, nn.GroupNorm, nn.BatchNorm2d)):
             values += output.numel() / 1e6
-        if isinstance(layer, nn.Conv2d):
+        if isinstance(layer, convolutions):
             size = output.shape[-1]
-            gflop = 2 * layer.weight.numel() * size**2 / 1e9
+            places = inputs[0] if isinstance(layer, nn.ConvTranspose2d) else output  # where a whole kernel is used
+            gflop = 2 * layer.weight.numel() * places.shape[-1]**2 / 1e9
             by_resolution[size] = by_resolution.get(size, 0.0) + gflop
 
     hooks = [layer.register_forward_hook(look) for layer in network.modules() if not list(layer.children())]
@@ -139,7 +141,7 @@ def measure_phases(state: train.State, config: Config, schedule: NoiseSchedule, 
         images, labels, t, noise = train.batch(config, state.step, digits, schedule.timesteps, runtime)
         times.append(_now(runtime))
         with runtime.autocast():
-            loss = diffusion_loss(forward, schedule, images, labels, t, noise).mean()
+            loss = diffusion_loss(forward, schedule, images, labels, t, noise, config.train.clip_loss).mean()
         times.append(_now(runtime))
         loss.backward()
         times.append(_now(runtime))
@@ -201,7 +203,7 @@ def gradient_step(config: Config, schedule: NoiseSchedule, digits: dataset.Digit
 
     def step() -> None:
         with runtime.autocast():
-            loss = diffusion_loss(forward, schedule, images, labels, t, noise).mean()
+            loss = diffusion_loss(forward, schedule, images, labels, t, noise, config.train.clip_loss).mean()
         loss.backward()
         network.zero_grad()
 
