@@ -9,7 +9,7 @@ kept in peers.json, and the same command again goes on with what is missing. The
 itself is fetched only where --data-dir lacks it.
 
 Settings, meant to be fair. All: the same images on the device, batch 64, gradient norm clipped at 1, the averaged weights
-drawn with 10 network evaluations, 2,000 images judged as in mode evaluate; the clock stops while images are judged.
+drawn with 10 network evaluations and no guidance, 2,000 images judged as in mode evaluate; the clock stops while images are judged.
   ours         the defaults of config.py; each length of training is a run of its own, since the rate decays over a run
   diffusers    UNet2DModel with widths 16-32-64 and attention at 7x7, one layer a block: about as many parameters as ours;
                told the digit (num_class_embeds); DDPMScheduler squaredcos_cap_v2, noise prediction, T = 1000; AdamW at
@@ -88,7 +88,7 @@ def ours(digits: Digits, runtime: Runtime, options: argparse.Namespace) -> Conte
         state.step += 1
 
     def draw(count: int, steps: int) -> tuple[Tensor, Tensor | None]:
-        how = replace(config.sample, steps=steps)
+        how = replace(config.sample, steps=steps, guidance=1.0)
         labels = sample.choose_labels(None, options.seed, range(count))
         network = state.average.module.eval()
         return to_uint8(sample.draw(network, schedule, how, options.seed, range(count), labels, runtime)), labels

@@ -6,7 +6,7 @@
 
 A run has one thread and its time is CPU time, so that others on the machine cost a run little of it; on a GPU it is
 wall-clock. The learning rate decays over those seconds. The score is the Fréchet distance of 2,000 images drawn by the
-averaged weights with the default sampler, over that of as many real ones. Each run adds one line to search.jsonl.
+averaged weights with the default sampler, without guidance, over that of as many real ones. Each run adds one line to search.jsonl.
 Runs compare only under one extractor; test losses only under one prediction and weighting.
 """
 
@@ -15,6 +15,7 @@ import json
 import multiprocessing
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +91,8 @@ def run(name: str, options: argparse.Namespace) -> dict[str, Any]:
     network = state.average.module.eval()
     test_loss = train.test_loss(network, schedule, test, config, runtime)
     labels = sample.choose_labels(None, options.seed, range(options.images))
-    images = sample.draw(network, schedule, config.sample, options.seed, range(options.images), labels, runtime)
+    drawing = replace(config.sample, guidance=1.0)
+    images = sample.draw(network, schedule, drawing, options.seed, range(options.images), labels, runtime)
     judge = make_judge(digits, test, options.images, device)
     quality = judge(to_uint8(images), labels)
     seen = state.step * config.train.batch_size
