@@ -67,7 +67,7 @@ class SampleConfig:
     steps: int = 10  # network evaluations per image
     eta: float = 0.0  # ddim: noise added in each step, 0 (none) to 1 (as ddpm)
     variance: Literal["posterior", "upper"] = "posterior"  # ddpm: beta-tilde or beta (2006.11239, section 3.2)
-    guidance: float = 1.0  # classifier-free guidance (2207.12598), x0 = free + guidance * (labelled - free); 1: off
+    guidance: float = 1.15  # classifier-free guidance (2207.12598), x0 = free + guidance * (labelled - free); 1: off
     digits: str | None = None  # digits to draw, cycled ("7", "0123456789"), or "none" for no label; unset: at random
     write: str | None = None  # a number to write in one line, such as 20261123, into number.png
     checkpoint: Path | None = None  # file to draw from; unset: checkpoints/<name>/last.pt, else pretrained.pt
@@ -161,7 +161,7 @@ def validate(config: Config) -> None:
     digits = sample.digits
     require(digits is None or digits == "none" or re.fullmatch("[0-9]{1,10000}", digits) is not None, "digits",
             "only the digits 0 to 9 can be drawn", "write them without spaces, such as 0123456789, or none")
-    require(digits != "none" or sample.guidance == 1, "guidance", "guidance needs labels, and --digits none has none",
+    require(digits != "none" or sample.guidance in (1, SampleConfig.guidance), "guidance", "guidance needs labels, and --digits none has none",
             "leave one of the two out")
     write = sample.write
     require(write is None or re.fullmatch(f"[0-9]{{1,{MAX_WRITTEN}}}", write) is not None, "write",

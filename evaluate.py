@@ -9,7 +9,7 @@ import io
 import json
 import math
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +64,7 @@ def run(config: Config, runtime: Runtime) -> None:
     clock, name = sample.Clock(runtime), configs.run_name(config)
     extractor = metrics.load_extractor()
     trained = sample.load_trained(config, runtime)
+    config = replace(config, sample=sample.guided(config.sample, trained, runtime))
     if not config.evaluate.sweep:
         sample.spaced_timesteps(trained.schedule.timesteps, config.sample.steps)  # an impossible number is answered now
     config = resolve(config, runtime)

@@ -101,9 +101,18 @@ def announce(trained: Trained, config: Config, runtime: Runtime) -> None:
         runtime.say(NOTICE)
 
 
+def guided(options: SampleConfig, trained: Trained, runtime: Runtime) -> SampleConfig:
+    """The options, with guidance off where there is nothing to guide: no labels, or a network that knows but one half."""
+    dropout = trained.config.train.label_dropout
+    if options.guidance != 1 and dropout in (0, 1):
+        runtime.say(f"Guidance is off: this network was trained with --label-dropout {dropout:g}, so it knows images only "
+                    + ("with their labels." if dropout == 0 else "without labels."))
+    return replace(options, guidance=1.0) if options.digits == "none" or dropout in (0, 1) else options
+
+
 def write_samples(trained: Trained, config: Config, runtime: Runtime, clock: "Clock") -> list[Path]:
     """Draws what config.sample asks for and writes the pictures; prints and returns their paths."""
-    options = config.sample
+    options = guided(config.sample, trained, runtime)
     spaced_timesteps(trained.schedule.timesteps, options.steps)  # an impossible number is answered before any work
     folder = Path("results") / configs.run_name(config)
     runtime.only_first(lambda: make_folder(folder))

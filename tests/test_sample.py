@@ -1,19 +1,20 @@
 """Drawing: an image and its label follow from (seed, index) alone, whatever else is drawn beside it."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
-from config import DiffusionConfig, ModelConfig, SampleConfig, UserError
+from config import Config, DiffusionConfig, ModelConfig, SampleConfig, TrainConfig, UserError
 from diffusion import NO_LABEL, make_schedule
 from model import UNet
 from runtime import Runtime
-from sample import Trace, choose_labels, draw
+from sample import Trace, Trained, choose_labels, draw, guided
 from samplers import spaced_timesteps
 
 CPU = Runtime(torch.device("cpu"), bf16=False, compile=False)
-OPTIONS = SampleConfig(sampler="dpmpp", steps=3)
+OPTIONS = SampleConfig(sampler="dpmpp", steps=3, guidance=1.0)
 COUNT = 130  # two whole chunks and a little
 
 
@@ -51,6 +52,17 @@ def test_an_image_is_bitwise_the_same_alone_and_among_many(network, schedule, op
     assert torch.isfinite(everything).all() and len(everything.flatten(1).unique(dim=0)) == COUNT
     for indices in ([0], [37], [63], [64], [COUNT - 1], [COUNT - 1, 3, 70, 2], range(60, 68)):
         assert torch.equal(drawn(indices), everything[list(indices)]), indices
+
+
+@pytest.mark.parametrize("dropout, digits, guidance, said", [
+    (0.1, None, 2.0, ""), (0.1, "none", 1.0, ""), (0.0, "7", 1.0, "only with their labels"), (1.0, None, 1.0, "only without labels")])
+def test_guidance_needs_a_network_that_knows_both_halves(network, schedule, dropout, digits, guidance, said, capsys):
+    config = Config(train=TrainConfig(label_dropout=dropout))
+    options = replace(OPTIONS, digits=digits, guidance=2.0)
+    trained = Trained(network, schedule, config, "", 0, Path(), {})
+    assert guided(options, trained, CPU) == replace(options, guidance=guidance)
+    out = capsys.readouterr().out
+    assert said in out if said else not out
 
 
 def test_images_follow_from_the_seed(network, schedule):
