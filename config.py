@@ -52,7 +52,7 @@ class TrainConfig:
     weight_decay: float = 0.01  # decoupled weight decay, times the learning rate
     grad_clip: float = 1.0  # largest norm of the gradient
     ema: float = 0.999  # decay of the averaged weights per step, warmed up; 0: no averaging
-    clip_loss: bool = True  # errors beyond black and white, which drawing clips, cost nothing; paper: --no-clip-loss
+    clip_loss: bool = True  # blacker than a black pixel, or whiter than a white one, costs nothing, as drawing clips it
     label_dropout: float = 0.1  # share of images trained without their label
     preview: int = 64  # images in each preview grid during training; 0: none
     fresh: bool = False  # start over; the old checkpoint is kept under another name
@@ -64,7 +64,7 @@ class SampleConfig:
 
     num_images: int | None = None  # images to draw; unset: 256 in sample, 10000 in evaluate
     sampler: Literal["ddpm", "ddim", "dpmpp", "dpmpp-sde", "unipc"] = "dpmpp-sde"  # reverse process
-    steps: int = 10  # network evaluations per image
+    steps: int = 10  # each evaluates the network once, with guidance twice
     eta: float = 0.0  # ddim: noise added in each step, 0 (none) to 1 (as ddpm)
     variance: Literal["posterior", "upper"] = "posterior"  # ddpm: beta-tilde or beta (2006.11239, section 3.2)
     guidance: float = 1.15  # classifier-free guidance (2207.12598), x0 = free + guidance * (labelled - free); 1: off

@@ -137,8 +137,8 @@ def diffusion_loss(network: Network, schedule: NoiseSchedule, x0: Tensor, labels
                    noise: Tensor, clip: bool = False) -> Tensor:
     """Weighted mean squared error of each image's prediction -> [B], float32 (2006.11239, eq. 14, and its kin).
 
-    With clip, a pixel at the edge of [-1, 1] costs nothing where the x0 predicted for it lies beyond that edge, as the
-    denoiser clips it onto it: the loss of what is drawn. The best prediction within [-1, 1] stays the mean.
+    With clip, a pixel at an edge of [-1, 1] costs nothing where the x0 predicted for it lies beyond that edge, since the
+    denoiser clips it onto it. The best prediction within [-1, 1] stays the mean.
     """
     prediction = network(add_noise(schedule, x0, t, noise), t, labels).float()
     error = prediction - target(schedule, x0, t, noise)

@@ -71,8 +71,8 @@ class Stage(nn.Module):
 class UNet(nn.Module):
     """Predicts noise, x0 or v, as it was trained to.
 
-    Skips are added, not concatenated, and the way up has no 3x3 convolution outside its blocks: what is widest, at 28
-    pixels, takes most of the time, not most of the operations.
+    Skips are added, not concatenated, and the way up has no 3x3 convolution outside its blocks, since the stage at 28
+    pixels takes far more of the time than of the operations.
 
     forward(x [B, 1, 28, 28] in [-1, 1] plus noise, t [B] in 1..T, label int64 [B]) -> [B, 1, 28, 28]; label 10 means
     "no label". U-Net: arXiv 1505.04597; for diffusion: 2006.11239, appendix B.

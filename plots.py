@@ -313,7 +313,9 @@ def save_frontier(path: Path, curves: Mapping[str, Sequence[tuple[float, float]]
         for (name, points), colour in zip(curves.items(), COLOURS * len(curves)):
             minutes, ratio = np.array(sorted(points), float).reshape(-1, 2).T
             axes.plot(minutes, ratio, color=colour, marker="o", markersize=4, label=name)
-        _number_axis(axes.xaxis)
+        measured = sorted({minutes for points in curves.values() for minutes, _ in points})
+        axes.set_xticks(measured, [f"{minutes:g}" for minutes in measured])
+        axes.set_xticks([], minor=True)
         _number_axis(axes.yaxis)
         _label_ends(figure, axes)
 

@@ -80,7 +80,7 @@ def load_trained(config: Config, runtime: Runtime) -> Trained:
         raise UserError(f"{path}: a training run wrote it while the processes read it; try again")
     try:
         stored = configs.from_dict(Config, state["config"])
-        configs.validate(stored)
+        configs.validate(replace(stored, sample=SampleConfig()))  # how its trainer drew is of no matter
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     network = UNet(stored.model)
@@ -102,22 +102,25 @@ def announce(trained: Trained, config: Config, runtime: Runtime) -> None:
 
 
 def guided(options: SampleConfig, trained: Trained, runtime: Runtime) -> SampleConfig:
-    """The options, with guidance off where there is nothing to guide: no labels, or a network that knows but one half."""
+    """The options, with guidance 1 where there is nothing to guide, and 0, which ignores labels, where none was ever learned."""
     dropout = trained.config.train.label_dropout
-    if options.guidance != 1 and dropout in (0, 1):
-        runtime.say(f"Guidance is off: this network was trained with --label-dropout {dropout:g}, so it knows images only "
-                    + ("with their labels." if dropout == 0 else "without labels."))
-    return replace(options, guidance=1.0) if options.digits == "none" or dropout in (0, 1) else options
+    if dropout == 1:
+        runtime.say("This network was trained with --label-dropout 1, so it knows images only without labels, and draws any digit.")
+        return replace(options, guidance=0.0)
+    if options.guidance != 1 and dropout == 0:
+        runtime.say("Guidance is off: this network was trained with --label-dropout 0, so it knows images only with their labels.")
+    return replace(options, guidance=1.0) if options.digits == "none" or dropout == 0 else options
 
 
 def write_samples(trained: Trained, config: Config, runtime: Runtime, clock: "Clock") -> list[Path]:
     """Draws what config.sample asks for and writes the pictures; prints and returns their paths."""
-    options = guided(config.sample, trained, runtime)
+    options = config.sample
+    if options.write is not None:
+        options = replace(options, digits=options.write)
+    options = guided(options, trained, runtime)
     spaced_timesteps(trained.schedule.timesteps, options.steps)  # an impossible number is answered before any work
     folder = Path("results") / configs.run_name(config)
     runtime.only_first(lambda: make_folder(folder))
-    if options.write is not None:
-        options = replace(options, digits=options.write)
     count = len(options.write) if options.write is not None else options.num_images or 256
     indices = range(count)
     labels = choose_labels(options.digits, config.seed, indices)

@@ -205,7 +205,7 @@ class Optimizer:
     def __init__(self, network: UNet, options: TrainConfig) -> None:
         inner = [p for p in network.parameters() if p.ndim == 4 and min(p.shape[:2]) > 1 and options.optimizer == "muon"]
         chosen = {id(p) for p in inner}
-        self.matrices = [(nn.Parameter(as_matrix(p.detach())), p) for p in inner]  # the same memory, seen as [out, in * k * k]
+        self.matrices = [(nn.Parameter(as_matrix(p.detach())), p) for p in inner]  # the same memory, seen as a matrix
         assert all(matrix.data_ptr() == p.data_ptr() for matrix, p in self.matrices)
         rest = [p for p in network.parameters() if id(p) not in chosen]
         common: dict[str, Any] = {"lr": options.lr, "weight_decay": options.weight_decay}
@@ -238,7 +238,7 @@ class Optimizer:
 
 
 def as_matrix(weight: Tensor) -> Tensor:
-    """A convolution's weight [out, in, k, k] as [out, k * k * in]: a view where the weight is channels_last."""
+    """A convolution's weight [a, b, k, k] as [a, k * k * b]: a view where it is channels_last. a is out, transposed: in."""
     return weight.permute(0, 2, 3, 1).flatten(1)
 
 
@@ -399,7 +399,8 @@ def record(state: State, config: Config, schedule: NoiseSchedule, test: Digits, 
     state.history["running"] = [0.0, 0]
     folder = Path("results") / configs.run_name(config)
     if config.train.preview:
-        options = replace(config.sample, sampler="dpmpp-sde", steps=min(10, schedule.timesteps), digits="0123456789", guidance=1.0,
+        options = replace(config.sample, sampler="dpmpp-sde", steps=min(10, schedule.timesteps), digits="0123456789",
+                          guidance=float(config.train.label_dropout < 1),
                           eta=0.0, variance="posterior")
         indices = range(config.train.preview)
         labels = sample.choose_labels(options.digits, config.seed, indices)
@@ -450,7 +451,7 @@ def reference(config: Config) -> dict[str, Any] | None:
         shipped = checkpoint.load(PRETRAINED)
     except UserError:
         return None
-    theirs, ours = ((c["diffusion"], c["train"].get("clip_loss")) for c in (shipped["config"], configs.to_dict(config)))
+    theirs, ours = ((c["diffusion"], c["train"].get("clip_loss", False)) for c in (shipped["config"], configs.to_dict(config)))
     data = shipped["history"].get("data", {})
     if theirs != ours or data.get("name") != config.dataset or not shipped["history"].get("columns"):
         return None

@@ -55,7 +55,7 @@ def test_an_image_is_bitwise_the_same_alone_and_among_many(network, schedule, op
 
 
 @pytest.mark.parametrize("dropout, digits, guidance, said", [
-    (0.1, None, 2.0, ""), (0.1, "none", 1.0, ""), (0.0, "7", 1.0, "only with their labels"), (1.0, None, 1.0, "only without labels")])
+    (0.1, None, 2.0, ""), (0.1, "none", 1.0, ""), (0.0, "7", 1.0, "only with their labels"), (1.0, None, 0.0, "only without labels")])
 def test_guidance_needs_a_network_that_knows_both_halves(network, schedule, dropout, digits, guidance, said, capsys):
     config = Config(train=TrainConfig(label_dropout=dropout))
     options = replace(OPTIONS, digits=digits, guidance=2.0)
