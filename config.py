@@ -67,7 +67,7 @@ class SampleConfig:
     steps: int = 10  # each evaluates the network once, with guidance twice
     eta: float = 0.0  # ddim: noise added in each step, 0 (none) to 1 (as ddpm)
     variance: Literal["posterior", "upper"] = "posterior"  # ddpm: beta-tilde or beta (2006.11239, section 3.2)
-    guidance: float = 1.15  # classifier-free guidance (2207.12598), x0 = free + guidance * (labelled - free); 1: off
+    guidance: float = 1.14  # classifier-free guidance (2207.12598), x0 = free + guidance * (labelled - free); 1: off
     digits: str | None = None  # digits to draw, cycled ("7", "0123456789"), or "none" for no label; unset: at random
     write: str | None = None  # a number to write in one line, such as 20261123, into number.png
     checkpoint: Path | None = None  # file to draw from; unset: checkpoints/<name>/last.pt, else pretrained.pt
