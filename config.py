@@ -161,8 +161,8 @@ def validate(config: Config) -> None:
     digits = sample.digits
     require(digits is None or digits == "none" or re.fullmatch("[0-9]{1,10000}", digits) is not None, "digits",
             "only the digits 0 to 9 can be drawn", "write them without spaces, such as 0123456789, or none")
-    require(digits != "none" or sample.guidance in (1, SampleConfig.guidance), "guidance", "guidance needs labels, and --digits none has none",
-            "leave one of the two out")
+    require(digits != "none" or sample.guidance in (1, SampleConfig.guidance), "guidance",
+            "guidance needs labels, and --digits none has none", "leave one of the two out")
     write = sample.write
     require(write is None or re.fullmatch(f"[0-9]{{1,{MAX_WRITTEN}}}", write) is not None, "write",
             f"only 1 to {MAX_WRITTEN} of the digits 0 to 9 can be written", "leave out all other characters")
