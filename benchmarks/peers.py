@@ -9,7 +9,8 @@ kept in peers.json, and the same command again goes on with what is missing. The
 itself is fetched only where --data-dir lacks it.
 
 Settings, meant to be fair. All: the same images on the device, batch 64, gradient norm clipped at 1, the averaged weights
-drawn with 10 network evaluations and no guidance, 2,000 images judged as in mode evaluate (but with a floor that is the mean of five sets); the clock stops while images are judged.
+drawn with 10 network evaluations and no guidance, 2,000 images judged as in mode evaluate (but with a floor that is the
+mean of five sets); the clock stops while images are judged.
   ours         the defaults of config.py; each length of training is a run of its own, since the rate decays over a run
   diffusers    UNet2DModel with widths 16-32-64 and attention at 7x7, one layer a block: about as many parameters as ours;
                told the digit (num_class_embeds); DDPMScheduler squaredcos_cap_v2, noise prediction, T = 1000; AdamW at

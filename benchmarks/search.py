@@ -6,8 +6,8 @@
 
 A run has one thread and its time is CPU time, so that others on the machine cost a run little of it; on a GPU it is
 wall-clock. The learning rate decays over those seconds. The score is the Fréchet distance of 2,000 images drawn by the
-averaged weights with the default sampler, without guidance, over that of as many real ones. Each run adds one line to search.jsonl.
-Runs compare only under one extractor; test losses only under one prediction, weighting and clip_loss.
+averaged weights with the default sampler, without guidance, over that of as many real ones. Each run adds one line to
+search.jsonl. Runs compare only under one extractor; test losses only under one prediction, weighting and clip_loss.
 """
 
 import argparse

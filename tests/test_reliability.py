@@ -232,8 +232,15 @@ def test_dropout_is_the_same_after_a_stop(own_folder: Path, flags: list[str], mo
     assert_same(learned(own_folder, "straight"), learned(own_folder, "stopped"))
 
 
-def test_a_stop_in_the_last_step_loses_neither_its_row_nor_the_pictures(own_folder: Path, flags: list[str],
+def test_a_stop_in_the_last_step_loses_neither_its_row_nor_the_pictures(finished: Path, own_folder: Path, flags: list[str],
                                                                         monkeypatch: pytest.MonkeyPatch) -> None:
+    stop_at(16, monkeypatch)
+    assert main(flags) == 130 and not Path("results/idx/sample.png").exists()
+    assert main(flags) == 0
+    assert_same(learned(finished), learned(own_folder))
+
+
+def test_a_stop_in_the_last_step_between_two_rows_loses_no_row(own_folder: Path, flags: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     flags = [*flags, "--epochs", "3"]
     stop_at(24, monkeypatch)
     assert main(flags) == 130 and not Path("results/idx/sample.png").exists()
