@@ -33,7 +33,7 @@ FEWEST = 200  # images, below which the features' covariance says nothing
 SWEEP_STEPS = (5, 8, 10, 15, 25, 50)
 SWEEP_IMAGES = 2000
 BOUND_IMAGES = 2000  # test images in the likelihood bound
-CALIBRATION_IMAGES = 1000  # training images on which the decoder's standard deviation is chosen
+CALIBRATION_IMAGES = 1000  # training images on which the reverse process's variances are chosen
 PAIRS = 8  # in neighbours.png
 
 # Key, heading, format, and whether a ratio to the floor means something.
@@ -189,14 +189,14 @@ def control_rows(reference: Reference, count: int, seed: int, quick: bool = Fals
 
 
 def likelihood(trained: Trained, reference: Reference, runtime: Runtime) -> metrics.Likelihood:
-    """The bound without labels, so that it compares with published values, its decoder calibrated on training images."""
+    """The bound without labels, so that it compares with published values, its variances calibrated on training images."""
     batch = 100
     denoise = make_denoiser(trained.network, trained.schedule, torch.full((batch,), NO_LABEL, device=runtime.device))
     with torch.inference_mode(), runtime.autocast():
-        std = metrics.calibrate_decoder_std(denoise, trained.schedule, reference.train.images[:CALIBRATION_IMAGES], batch,
-                                            device=runtime.device)
-        return metrics.bits_per_dim(denoise, trained.schedule, reference.test.images[:BOUND_IMAGES], batch=batch, decoder_std=std,
-                                    device=runtime.device, progress=True)
+        uncertainty = metrics.calibrate(denoise, trained.schedule, reference.train.images[:CALIBRATION_IMAGES], batch,
+                                        device=runtime.device, progress=True)
+        return metrics.bits_per_dim(denoise, trained.schedule, reference.test.images[:BOUND_IMAGES], batch=batch,
+                                    device=runtime.device, progress=True, uncertainty=uncertainty)
 
 
 def table(average: dict[str, float], spread: dict[str, float], controls: dict[str, dict[str, Any]], count: int) -> str:
@@ -220,7 +220,7 @@ def explain(row: dict[str, Any], bound: metrics.Likelihood, reference: Reference
     return (
         f"Bound: {bound.bits_per_dim:.3f} ± {bound.standard_error:.3f} bits/dim on {min(BOUND_IMAGES, len(reference.test)):,} test images "
         f"(L_T {bound.L_T:.5f} + KL {bound.L_kl:.3f} + L_0 {bound.L_0:.3f}): an upper bound, for 8-bit 28x28 images, unpadded, without "
-        f"labels;\n  decoder standard deviation {bound.decoder_std:.4f}, chosen on training images.\n"
+        f"labels;\n  the variances of the reverse process were chosen on training images.\n"
         f"Memorisation: median distance to the nearest training image {pixels['ratio']:.2f}x that of test images in pixels, "
         f"{features['ratio']:.2f}x in features;\n  closer than the closest 1% of test images: {pixels['share_closer']:.2%} and "
         f"{features['share_closer']:.2%} (1% is what unseen real digits give).\n"

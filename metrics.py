@@ -276,6 +276,11 @@ def chi_square(counts: Tensor, expected: Tensor) -> tuple[float, float]:
 # Likelihood: the variational bound of the discrete process, on 8-bit images of 28x28 pixels, unpadded
 
 
+# Edges between kinds of x0_hat, of which each has an uncertainty of its own: a pixel predicted black is nearly certain.
+KINDS = (-0.999, -0.99, -0.97, -0.9, -0.5, 0.0, 0.5, 0.9, 0.97, 0.99, 0.999)
+FEWEST_PIXELS = 200  # of a kind, below which its error is not to be trusted
+
+
 @dataclass(frozen=True)
 class Likelihood:
     """An upper bound on the negative log-likelihood and its three parts, all in bits per dimension (pixel)."""
@@ -285,14 +290,40 @@ class Likelihood:
     L_T: float  # KL(q(x_T | x_0) || N(0, I)), exact
     L_kl: float  # sum over t = 2..T of KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t))
     L_0: float  # -log p(x_0 | x_1), exact for 256 levels
-    decoder_std: float  # standard deviation of p(x_0 | x_1), pixels in [-1, 1]
+    decoder_std: float | list[float]  # standard deviation of p(x_0 | x_1), pixels in [-1, 1]; a list: of each kind of x0_hat
     by_timestep: dict[int, float]  # t -> its KL term, for every t that was drawn
 
 
-def discretised_log_likelihood(images: Tensor, mean: Tensor, std: float) -> Tensor:
+@dataclass(frozen=True)
+class Uncertainty:
+    """How far x0 lies from x0_hat, as found on training images, for each of the KINDS of x0_hat.
+
+    It gives each pixel of the reverse process the variance that makes the bound least (arXiv 2201.06503, theorem 1; for
+    each pixel, 2206.07309): the posterior's, plus that of the posterior's mean through x0.
+    """
+
+    timesteps: Tensor  # float64 [K], ascending
+    error: Tensor  # float64 [K, kinds]: mean squared error over that of the noise, which changes little with t
+    decoder_std: Tensor  # float64 [kinds]: standard deviation of p(x_0 | x_1)
+
+    def variance(self, x0_hat: Tensor, t: int, schedule: NoiseSchedule) -> Tensor:
+        """Variance of x0 about x0_hat [...] at a noise level, float64 like x0_hat; between timesteps, linear in log t."""
+        place = torch.tensor(float(t), dtype=torch.float64).log()
+        knots = self.timesteps.log()
+        upper = int(torch.searchsorted(knots, place).clamp(1, len(knots) - 1))
+        share = ((place - knots[upper - 1]) / (knots[upper] - knots[upper - 1])).clamp(0, 1)
+        return (torch.lerp(self.error[upper - 1], self.error[upper], share) * (1 - schedule.alpha_bar[t]))[kind_of(x0_hat)]
+
+
+def kind_of(x0_hat: Tensor) -> Tensor:
+    """Index into KINDS, int64 [...], on the CPU."""
+    return torch.bucketize(x0_hat.cpu().double(), torch.tensor(KINDS, dtype=torch.float64))
+
+
+def discretised_log_likelihood(images: Tensor, mean: Tensor, std: float | Tensor) -> Tensor:
     """Log-probability of each pixel in nats, float64, under N(mean, std^2) cut into 256 levels (2006.11239, eq. 13).
 
-    images uint8 [...], mean [...] in [-1, 1]. The outermost bins are open, so the 256 probabilities sum to one.
+    images uint8 [...], mean [...] in [-1, 1], std one number or like mean. The outermost bins are open, so the 256 probabilities sum to one.
     """
     level, mean = images.double(), mean.to(images.device).double()
     lower = torch.where(images == 0, -math.inf, ((level - 0.5) / 127.5 - 1 - mean) / std)
@@ -321,12 +352,13 @@ def timestep_proposal(schedule: NoiseSchedule) -> Tensor:
 
 
 def kl_terms(denoise: Denoiser, schedule: NoiseSchedule, x0: Tensor, strata: int,
-             random: torch.Generator) -> tuple[Tensor, dict[int, Tensor]]:
+             random: torch.Generator, uncertainty: Uncertainty | None = None) -> tuple[Tensor, dict[int, Tensor]]:
     """Unbiased estimate of the sum of KL terms of each image x0 [B, ...] -> float64 [B], nats; and t -> that term [B].
 
-    KL(q(x_s | x_t, x_0) || p(x_s | x_t)) = (SNR(s) - SNR(t)) / 2 |x_0 - x0_hat|^2 with s = t - 1, where p has the
-    posterior's variance (2006.11239, eq. 5 and 8; 2107.00630, eq. 13). One t is drawn in each of the strata, which
-    hold equal probability of `timestep_proposal` (importance sampling as in 2102.09672, section 3.3).
+    KL(q(x_s | x_t, x_0) || p(x_s | x_t)) = D / 2 |x_0 - x0_hat|^2 with s = t - 1 and D = SNR(s) - SNR(t), where p has the
+    posterior's variance (2006.11239, eq. 5 and 8; 2107.00630, eq. 13). With an uncertainty u^2 of x0, p's variance is
+    1 + D u^2 times that, and each pixel's term is ((1 + D error^2) / (1 + D u^2) - 1 + log(1 + D u^2)) / 2. One t is drawn
+    in each of the strata, which hold equal probability of `timestep_proposal` (importance sampling, 2102.09672, 3.3).
     """
     total = torch.zeros(len(x0), dtype=torch.float64)
     terms: dict[int, Tensor] = {}
@@ -339,8 +371,13 @@ def kl_terms(denoise: Denoiser, schedule: NoiseSchedule, x0: Tensor, strata: int
         t = index + 2
         noise = torch.randn(x0.shape, generator=random).to(x0)
         x_t = schedule.alpha[t].item() * x0 + schedule.sigma[t].item() * noise
-        error = (x0 - denoise(x_t, t)).cpu().double().square().flatten(1).sum(dim=1)
-        terms[t] = 0.5 * (schedule.snr[t - 1] - schedule.snr[t]) * error
+        x0_hat = denoise(x_t, t).cpu().double()
+        gain = schedule.snr[t - 1] - schedule.snr[t]
+        pixels = gain * (x0.cpu().double() - x0_hat).square()
+        if uncertainty is not None:
+            widened = gain * uncertainty.variance(x0_hat, t, schedule)
+            pixels = (pixels - widened) / (1 + widened) + widened.log1p()
+        terms[t] = 0.5 * pixels.flatten(1).sum(dim=1)
         total += terms[t] / (proposal[index] * strata)
     return total, terms
 
@@ -348,12 +385,13 @@ def kl_terms(denoise: Denoiser, schedule: NoiseSchedule, x0: Tensor, strata: int
 @torch.no_grad()
 def bits_per_dim(denoise: Denoiser, schedule: NoiseSchedule, images: Tensor, strata: int = 10, batch: int = 100,
                  decoder_std: float | None = None, seed: int = 0, device: torch.device | str = "cpu",
-                 progress: bool = False) -> Likelihood:
+                 progress: bool = False, uncertainty: Uncertainty | None = None) -> Likelihood:
     """Variational bound on uint8 images [N, 1, 28, 28] (2006.11239, eq. 5): strata + 1 network evaluations per image.
 
-    denoise(x_t [batch, 1, 28, 28], t) -> x0_hat is always given whole batches, the last one padded. `decoder_std` is
-    the standard deviation of p(x_0 | x_1); unset, that of the posterior's step 2 -> 1, since the one of step 1 -> 0 is
-    zero. The standard error comes from the scatter of batches, each with its own timesteps; it takes at least two.
+    denoise(x_t [batch, 1, 28, 28], t) -> x0_hat is always given whole batches, the last one padded. The reverse process
+    has the variances that `uncertainty` gives it; unset, the posterior's, and in p(x_0 | x_1), where that is zero, the
+    standard deviation `decoder_std`, or else that of the posterior's step 2 -> 1. The standard error comes from the
+    scatter of batches, each with its own timesteps; it takes at least two.
     """
     decoder_std = default_decoder_std(schedule) if decoder_std is None else decoder_std
     sizes, parts = [], []
@@ -361,9 +399,10 @@ def bits_per_dim(denoise: Denoiser, schedule: NoiseSchedule, images: Tensor, str
     for number, chunk in enumerate(tqdm(images.split(batch), desc="bound", leave=False, disable=not progress)):
         size, random = len(chunk), generator("cpu", seed, BOUND_STREAM, number)
         x0 = _padded(to_unit(chunk), batch).to(device)
-        total, terms = kl_terms(denoise, schedule, x0, strata, random)
-        decoded = _decoded(denoise, schedule, x0, random)[:size]
-        decoder = -discretised_log_likelihood(chunk.cpu(), decoded, decoder_std).flatten(1).sum(dim=1)
+        total, terms = kl_terms(denoise, schedule, x0, strata, random, uncertainty)
+        decoded = _predicted(denoise, schedule, x0, 1, random)[:size]
+        std = uncertainty.decoder_std[kind_of(decoded)] if uncertainty is not None else decoder_std
+        decoder = -discretised_log_likelihood(chunk.cpu(), decoded, std).flatten(1).sum(dim=1)
         parts.append(torch.stack([prior_term(schedule, x0)[:size], total[:size], decoder]).mean(dim=1))  # [3]
         sizes.append(size)
         for t, term in terms.items():
@@ -375,7 +414,8 @@ def bits_per_dim(denoise: Denoiser, schedule: NoiseSchedule, images: Tensor, str
     prior, kl, decoder = (weight @ means).tolist()
     scatter = (weight * (means.sum(dim=1) - prior - kl - decoder)).square().sum()
     error = (scatter * len(sizes) / (len(sizes) - 1)).sqrt().item() if len(sizes) > 1 else math.nan
-    return Likelihood(prior + kl + decoder, error, prior, kl, decoder, decoder_std,
+    return Likelihood(prior + kl + decoder, error, prior, kl, decoder,
+                      uncertainty.decoder_std.tolist() if uncertainty is not None else decoder_std,
                       {t: torch.stack(found).mean().item() * bits for t, found in sorted(by_timestep.items())})
 
 
@@ -386,17 +426,34 @@ def default_decoder_std(schedule: NoiseSchedule) -> float:
 
 
 @torch.no_grad()
-def calibrate_decoder_std(denoise: Denoiser, schedule: NoiseSchedule, images: Tensor, batch: int = 100, seed: int = 0,
-                          device: torch.device | str = "cpu") -> float:
-    """The one decoder standard deviation that makes L_0 smallest on uint8 images, which have to be training images.
+def calibrate(denoise: Denoiser, schedule: NoiseSchedule, images: Tensor, batch: int = 100, seed: int = 0,
+              device: torch.device | str = "cpu", progress: bool = False) -> Uncertainty:
+    """The uncertainty that makes the bound least on uint8 images [N, 1, 28, 28], which have to be training images.
 
-    A grid in its logarithm, then a finer one around the best; 1,000 images are plenty.
+    About 20 network evaluations per image; 1,000 images are plenty. Kinds of x0_hat that hardly occur get the mean.
     """
-    decoded = [_decoded(denoise, schedule, _padded(to_unit(chunk), batch).to(device),
-                        generator("cpu", seed, DECODER_STREAM, number))[:len(chunk)]
-               for number, chunk in enumerate(images.split(batch))]
-    mean, images = torch.cat(decoded), images.cpu()
+    timesteps = sorted({round(t) for t in torch.logspace(0, math.log10(schedule.timesteps), 21, dtype=torch.float64).tolist()})
+    images = images.cpu()
+    x0 = to_unit(images)
+    errors = []
+    first = torch.empty_like(x0)
+    for t in tqdm(timesteps, desc="calibrate", leave=False, disable=not progress):
+        parts = [_predicted(denoise, schedule, _padded(chunk, batch).to(device), t, generator("cpu", seed, DECODER_STREAM, t, number))
+                 [:len(chunk)] for number, chunk in enumerate(x0.split(batch))]
+        x0_hat = torch.cat(parts)
+        first = x0_hat if t == 1 else first
+        squares, kinds = (x0 - x0_hat).double().square().flatten(), kind_of(x0_hat).flatten()
+        counts = torch.bincount(kinds, minlength=len(KINDS) + 1)
+        means = torch.bincount(kinds, squares, len(KINDS) + 1) / counts.clamp(min=1)
+        errors.append(torch.where(counts >= FEWEST_PIXELS, means, squares.mean()) / (1 - schedule.alpha_bar[t]))
+    kinds, overall = kind_of(first), _best_std(images, first)
+    std = [_best_std(images[kinds == k], first[kinds == k]) if int((kinds == k).sum()) >= FEWEST_PIXELS else overall
+           for k in range(len(KINDS) + 1)]
+    return Uncertainty(torch.tensor(timesteps, dtype=torch.float64), torch.stack(errors), torch.tensor(std, dtype=torch.float64))
 
+
+def _best_std(images: Tensor, mean: Tensor) -> float:
+    """The standard deviation under which uint8 pixels are likeliest: on a grid in its logarithm, then on finer ones."""
     def cost(log_std: float) -> float:
         return -discretised_log_likelihood(images, mean, math.exp(log_std)).mean().item()
 
@@ -409,10 +466,10 @@ def calibrate_decoder_std(denoise: Denoiser, schedule: NoiseSchedule, images: Te
     return math.exp(best)
 
 
-def _decoded(denoise: Denoiser, schedule: NoiseSchedule, x0: Tensor, random: torch.Generator) -> Tensor:
-    """Mean of p(x_0 | x_1) at a draw of x_1, on the CPU."""
+def _predicted(denoise: Denoiser, schedule: NoiseSchedule, x0: Tensor, t: int, random: torch.Generator) -> Tensor:
+    """x0_hat at a draw of x_t, on the CPU."""
     noise = torch.randn(x0.shape, generator=random).to(x0)
-    return denoise(schedule.alpha[1].item() * x0 + schedule.sigma[1].item() * noise, 1).cpu()
+    return denoise(schedule.alpha[t].item() * x0 + schedule.sigma[t].item() * noise, t).cpu()
 
 
 def _padded(x: Tensor, size: int) -> Tensor:

@@ -1,6 +1,7 @@
 """Each measure against a closed form, an independent implementation or a constructed case; no data set is needed."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import matplotlib
@@ -13,7 +14,7 @@ from torch import Tensor
 
 import metrics
 from config import DiffusionConfig, UserError
-from diffusion import NoiseSchedule, make_schedule
+from diffusion import NoiseSchedule, make_schedule, posterior
 
 FONTS = ("DejaVuSans.ttf", "DejaVuSans-Bold.ttf", "DejaVuSerif.ttf", "cmr10.ttf", "STIXGeneral.ttf")
 
@@ -340,12 +341,58 @@ def test_standard_error_is_the_scatter_of_repeated_estimates() -> None:
 def test_calibrated_decoder_is_the_best_one() -> None:
     schedule = make_schedule(DiffusionConfig(timesteps=1000, schedule="linear"))
     images = torch.randint(20, 236, (30, 1, 28, 28), generator=random(), dtype=torch.uint8)
-    std = metrics.calibrate_decoder_std(shrinking(schedule), schedule, images, batch=20)
+    found = metrics.calibrate(shrinking(schedule), schedule, images, batch=20)
     # x1 has noise of sigma = 0.01, and the linear denoiser leaves nearly all of it in.
-    assert std == pytest.approx(0.01, rel=0.1)
-    cost = [metrics.bits_per_dim(shrinking(schedule), schedule, images, 1, 20, decoder_std=factor * std).L_0
-            for factor in (0.8, 1, 1.25)]
+    assert found.decoder_std.tolist() == pytest.approx([0.01] * 12, rel=0.1)
+    cost = [metrics.bits_per_dim(shrinking(schedule), schedule, images, 1, 20, uncertainty=replace(
+        found, decoder_std=factor * found.decoder_std)).L_0 for factor in (0.8, 1, 1.25)]
     assert cost[1] < min(cost[0], cost[2])
+
+
+def test_calibrated_error_is_that_of_each_kind_of_pixel() -> None:
+    schedule = make_schedule(DiffusionConfig(timesteps=1000))
+    images = torch.zeros(20, 1, 28, 28, dtype=torch.uint8)
+    images[:, :, :, 14:] = torch.randint(100, 200, (20, 1, 28, 14), generator=random(), dtype=torch.uint8)
+
+    def denoise(x: Tensor, t: int) -> Tensor:  # knows that the left half is black, and of the right half what it sees
+        return torch.cat([torch.full_like(x[..., :14], -1), (x[..., 14:] / schedule.alpha[t].item()).clamp(-0.8, 0.8)], dim=-1)
+
+    found = metrics.calibrate(denoise, schedule, images, batch=20)
+    assert found.timesteps[0] == 1 and found.timesteps[-1] == 1000
+    for t in (1, 2, 9, 30):
+        right = torch.linspace(-0.2, 0.5, 8)
+        expected = (1 - schedule.alpha_bar[t]) / schedule.alpha_bar[t]
+        assert found.variance(right, t, schedule).tolist() == pytest.approx([expected.item()] * 8, rel=0.1)
+        assert found.variance(-torch.ones(3), t, schedule).tolist() == [0, 0, 0]
+
+
+def test_the_best_variance_of_the_reverse_process() -> None:
+    """Against normal distributions by torch, and against every other variance."""
+    schedule = make_schedule(DiffusionConfig(timesteps=6))
+    x0, error = torch.zeros(1, 1, 2, 2), 0.4
+
+    def denoise(x: Tensor, t: int) -> Tensor:
+        return torch.full_like(x, error)
+
+    def terms(variance: float) -> dict[int, float]:
+        knots = torch.tensor([1.0, 6.0], dtype=torch.float64)
+        relative = torch.full((2, 12), variance, dtype=torch.float64)
+        found = metrics.Uncertainty(knots, relative, torch.ones(12, dtype=torch.float64))
+        return {t: term.item() / 4 for t, term in metrics.kl_terms(denoise, schedule, x0, 300, random(), found)[1].items()}
+
+    for t, term in terms(0.3).items():
+        mean_q, var = posterior(schedule, torch.zeros(1), torch.ones(1), t, t - 1)
+        mean_p, _ = posterior(schedule, torch.full((1,), error), torch.ones(1), t, t - 1)
+        through_x0 = (mean_p - mean_q).item() / error  # how far the mean moves with x0
+        wide = var + through_x0**2 * 0.3 * (1 - schedule.alpha_bar[t].item())
+        q, p = torch.distributions.Normal(mean_q.double(), var**0.5), torch.distributions.Normal(mean_p.double(), wide**0.5)
+        assert term == pytest.approx(torch.distributions.kl_divergence(q, p).item(), rel=1e-4)
+    for t in (2, 4, 6):
+        best = error**2 / (1 - schedule.alpha_bar[t].item())
+        costs = [terms(factor * best)[t] for factor in (0, 0.8, 1, 1.25)]
+        assert costs[2] == min(costs) and costs[2] < costs[0]
+    plain = metrics.kl_terms(denoise, schedule, x0, 300, random())[1]
+    assert {t: term.item() / 4 for t, term in plain.items()} == pytest.approx(terms(0))
 
 
 @pytest.mark.parametrize("name, bits", [("linear", 0.657), ("cosine", 0.400)])
