@@ -26,6 +26,7 @@ class ModelConfig:
     embedding: int = 128  # width of the embedding of time and digit
     groups: int = 8  # groups of each GroupNorm; has to divide every channel count
     dropout: float = 0.0  # share of activations dropped inside residual blocks
+    refiner: int = 0  # noise levels, from t = 1 up, that a small network of their own takes, for better bits/dim; 0: none
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ class TrainConfig:
     ema: float = 0.999  # decay of the averaged weights per step, warmed up; 0: no averaging
     clip_loss: bool = True  # blacker than a black pixel, or whiter than a white one, costs nothing, as drawing clips it
     label_dropout: float = 0.1  # share of images trained without their label
+    refiner_share: float = 0.5  # share of images trained at the noise levels of --refiner; 1: the refiner alone
     preview: int = 64  # images in each preview grid during training; 0: none
     fresh: bool = False  # start over; the old checkpoint is kept under another name
 
@@ -137,6 +139,9 @@ def validate(config: Config) -> None:
     require(lowest <= diffusion.timesteps <= 100_000, "timesteps",
             f"the {diffusion.schedule} schedule needs {lowest} to 100000 noise levels", "choose one in that range")
 
+    require(0 <= model.refiner < diffusion.timesteps, "refiner", f"it takes noise levels below the last, {diffusion.timesteps}",
+            "choose a smaller one, or 0 for none")
+
     require(1 <= train.epochs <= 10**7, "epochs", "a run has at least one epoch", "choose a positive number")
     require(train.minutes is None or 0 < train.minutes <= 10**6, "minutes", "a run takes a positive time",
             "choose a number above 0")
@@ -147,6 +152,9 @@ def validate(config: Config) -> None:
     require(train.grad_clip > 0, "grad_clip", "a norm is positive", "choose a number above 0, or inf for no clipping")
     require(0 <= train.ema < 1, "ema", "a decay is at least 0 and below 1", "choose 0 for no averaging")
     require(0 <= train.label_dropout <= 1, "label_dropout", "it is a share of images", "choose from 0 to 1")
+    require(0 < train.refiner_share <= 1, "refiner_share", "it is a share of images", "choose one above 0, up to 1")
+    require(model.refiner > 0 or train.refiner_share == TrainConfig.refiner_share, "refiner_share", "there is no refiner",
+            "leave it out, or add --refiner 40")
     require(0 <= train.preview <= 1024, "preview", "a grid has 0 to 1024 images", "choose one in that range")
 
     require(sample.num_images is None or 1 <= sample.num_images <= 10**6, "num_images", "1 to 1000000 can be drawn",

@@ -290,7 +290,7 @@ class Likelihood:
     L_T: float  # KL(q(x_T | x_0) || N(0, I)), exact
     L_kl: float  # sum over t = 2..T of KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t))
     L_0: float  # -log p(x_0 | x_1), exact for 256 levels
-    decoder_std: float | list[float]  # standard deviation of p(x_0 | x_1), pixels in [-1, 1]; a list: of each kind of x0_hat
+    decoder_std: float | list[float]  # standard deviation of p(x_0 | x_1), pixels in [-1, 1]; a list: for each kind of x0_hat
     by_timestep: dict[int, float]  # t -> its KL term, for every t that was drawn
 
 
@@ -298,7 +298,7 @@ class Likelihood:
 class Uncertainty:
     """How far x0 lies from x0_hat, as found on training images, for each of the KINDS of x0_hat.
 
-    It gives each pixel of the reverse process the variance that makes the bound least (arXiv 2201.06503, theorem 1; for
+    It gives each pixel of the reverse process the variance that is best for the bound (arXiv 2201.06503, theorem 1; for
     each pixel, 2206.07309): the posterior's, plus that of the posterior's mean through x0.
     """
 
@@ -428,24 +428,24 @@ def default_decoder_std(schedule: NoiseSchedule) -> float:
 @torch.no_grad()
 def calibrate(denoise: Denoiser, schedule: NoiseSchedule, images: Tensor, batch: int = 100, seed: int = 0,
               device: torch.device | str = "cpu", progress: bool = False) -> Uncertainty:
-    """The uncertainty that makes the bound least on uint8 images [N, 1, 28, 28], which have to be training images.
+    """The uncertainty that suits the bound on uint8 images [N, 1, 28, 28], which have to be training images.
 
     About 20 network evaluations per image; 1,000 images are plenty. Kinds of x0_hat that hardly occur get the mean.
     """
     timesteps = sorted({round(t) for t in torch.logspace(0, math.log10(schedule.timesteps), 21, dtype=torch.float64).tolist()})
     images = images.cpu()
     x0 = to_unit(images)
-    errors = []
-    first = torch.empty_like(x0)
+    errors, predicted = [], []
     for t in tqdm(timesteps, desc="calibrate", leave=False, disable=not progress):
         parts = [_predicted(denoise, schedule, _padded(chunk, batch).to(device), t, generator("cpu", seed, DECODER_STREAM, t, number))
                  [:len(chunk)] for number, chunk in enumerate(x0.split(batch))]
         x0_hat = torch.cat(parts)
-        first = x0_hat if t == 1 else first
+        predicted.append(x0_hat)
         squares, kinds = (x0 - x0_hat).double().square().flatten(), kind_of(x0_hat).flatten()
         counts = torch.bincount(kinds, minlength=len(KINDS) + 1)
         means = torch.bincount(kinds, squares, len(KINDS) + 1) / counts.clamp(min=1)
         errors.append(torch.where(counts >= FEWEST_PIXELS, means, squares.mean()) / (1 - schedule.alpha_bar[t]))
+    first = predicted[0]
     kinds, overall = kind_of(first), _best_std(images, first)
     std = [_best_std(images[kinds == k], first[kinds == k]) if int((kinds == k).sum()) >= FEWEST_PIXELS else overall
            for k in range(len(KINDS) + 1)]
@@ -458,10 +458,10 @@ def _best_std(images: Tensor, mean: Tensor) -> float:
         return -discretised_log_likelihood(images, mean, math.exp(log_std)).mean().item()
 
     best, step = math.log(1e-2), 0.5
-    grid = [best + step * i for i in range(-14, 10)]  # 1e-5 to 0.9
+    grid = [best + step * i for i in range(9, -6, -1)]  # 0.9 to 8e-4, a tenth of a level; where all do, the largest
     for _ in range(3):
         best = min(grid, key=cost)
-        grid = [best + step * i / 8 for i in range(-8, 9)]
+        grid = [best + step * i / 8 for i in range(8, -9, -1)]
         step /= 8
     return math.exp(best)
 

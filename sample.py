@@ -216,7 +216,11 @@ def _look(trace: Trace, t: int, x: Tensor) -> None:
 
 
 def _graphed(network: Network, options: SampleConfig, runtime: Runtime) -> Network:
-    """The network at the chunk's size as one captured CUDA graph: at this size, launching costs more than computing."""
+    """The network at the chunk's size as one captured CUDA graph: at this size, launching costs more than computing.
+
+    A refiner, which few of the steps need, stays outside it.
+    """
+    refined, captured = getattr(network, "refined", 0), getattr(network, "coarse", network)
     batch = runtime.chunk * (1 if options.guidance == 1 else 2)
     inputs = (torch.zeros(batch, 1, 28, 28, device=runtime.device), torch.ones(batch, device=runtime.device, dtype=torch.long),
               torch.zeros(batch, device=runtime.device, dtype=torch.long))
@@ -225,13 +229,15 @@ def _graphed(network: Network, options: SampleConfig, runtime: Runtime) -> Netwo
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(3):  # the libraries choose their kernels before the capture
-                network(*inputs)
+                captured(*inputs)
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            output = network(*inputs)
+            output = captured(*inputs)
 
     def replay(*arguments: Tensor) -> Tensor:
+        if refined and int(arguments[1][0]) <= refined:
+            return network(*arguments)
         for static, argument in zip(inputs, arguments):
             static.copy_(argument)
         graph.replay()

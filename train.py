@@ -30,7 +30,7 @@ import plots
 import sample
 from config import Config, TrainConfig, UserError
 from dataset import Digits
-from diffusion import NO_LABEL, Network, NoiseSchedule, diffusion_loss, make_schedule, stratified_timesteps
+from diffusion import NO_LABEL, Network, NoiseSchedule, diffusion_loss, fine_timesteps, make_schedule, stratified_timesteps
 from model import UNet, count_parameters, gflop_per_image
 from runtime import Runtime, StopSignals, compiled, generator, seed_of, to_uint8, to_unit
 
@@ -63,6 +63,10 @@ def run(config: Config, runtime: Runtime) -> int:
     if config.train.batch_size < runtime.world:
         raise UserError(f"--batch-size {config.train.batch_size}: fewer images than the {runtime.world} processes; "
                         "raise it, or start fewer")
+    for part, count in (("the refiner", refined_images(config)), ("the U-Net", config.train.batch_size - refined_images(config))):
+        if config.model.refiner and count < runtime.world and not (part == "the U-Net" and refiner_alone(config)):
+            raise UserError(f"--refiner-share {config.train.refiner_share:g}: {count} images of a batch for {part} are too few for "
+                            f"{runtime.world} process{'es' * (runtime.world > 1)}; choose another share, or a larger --batch-size")
     sample.spaced_timesteps(config.diffusion.timesteps, config.sample.steps)  # of the drawing at the end: raises now
     config = dataset.resolve(config, runtime)
     name = configs.run_name(config)
@@ -81,18 +85,23 @@ def run(config: Config, runtime: Runtime) -> int:
         if saved is None or progress_of(state, config.train, length) < 1:
             say_what_comes(state, config, runtime, saved)
             signal_number = train(state, config, digits, runtime, path, length)
-        elif runtime.only_first(lambda: is_drawn(results, path)):
-            runtime.say(f"The run {name} is finished ({done(state, config.train)}, {path}). Draw with --mode sample, extend it with "
+        elif refiner_alone(config) or runtime.only_first(lambda: is_drawn(results, path)):
+            draw = "Join it with a U-Net (benchmarks/export_pretrained.py)" if refiner_alone(config) else "Draw with --mode sample"
+            runtime.say(f"The run {name} is finished ({done(state, config.train)}, {path}). {draw}, extend it with "
                         "a larger --epochs or --minutes, or start over with --fresh.")
             return 0
     if signal_number is not None:
         again = "the same command again" + (" without --fresh" if config.train.fresh else "")
         runtime.say(f"Stopped after step {state.step:,}; saved in {path}. Run {again} to go on.")
         return 128 + signal_number
-    runtime.say(f"Training is finished ({done(state, config.train)}). Its averaged weights draw:")
-    clock = sample.Clock(runtime)
-    drawing = replace(config, sample=replace(config.sample, checkpoint=path, write=None))
-    sample.write_samples(sample.load_trained(drawing, runtime), drawing, runtime, clock)
+    if refiner_alone(config):
+        runtime.say(f"Training is finished ({done(state, config.train)}). A refiner draws nothing by itself: benchmarks/export_pretrained.py "
+                    "joins it with a U-Net.")
+    else:
+        runtime.say(f"Training is finished ({done(state, config.train)}). Its averaged weights draw:")
+        clock = sample.Clock(runtime)
+        drawing = replace(config, sample=replace(config.sample, checkpoint=path, write=None))
+        sample.write_samples(sample.load_trained(drawing, runtime), drawing, runtime, clock)
     runtime.say(f"  {results / 'loss.png'}\n  {results / 'metrics.csv'}\n  {path}")
     if config.dataset == "generated":
         runtime.say(dataset.NOTICE)
@@ -162,7 +171,7 @@ def training_step(forward: Network, state: State, schedule: NoiseSchedule, digit
     A loss or gradient that is not finite never reaches the weights.
     """
     options = config.train
-    images, labels, t, noise = batch(config, state.step, digits, schedule.timesteps, runtime)
+    images, labels, t, noise = batch(config, state.step, digits, schedule, runtime)
     if config.model.dropout:
         torch.manual_seed(seed_of(config.seed, DROPOUT_STREAM, state.step, runtime.rank))
     with runtime.autocast():
@@ -183,7 +192,7 @@ def training_step(forward: Network, state: State, schedule: NoiseSchedule, digit
     return total.item() if finite else None
 
 
-def batch(config: Config, step: int, digits: Digits, timesteps: int, runtime: Runtime) -> tuple[Tensor, ...]:
+def batch(config: Config, step: int, digits: Digits, schedule: NoiseSchedule, runtime: Runtime) -> tuple[Tensor, ...]:
     """This process's share of the images in [-1, 1], labels, t and noise of a step: a function of (seed, step)."""
     size, device = config.train.batch_size, runtime.device
     share = slice(runtime.rank, None, runtime.world)
@@ -191,9 +200,21 @@ def batch(config: Config, step: int, digits: Digits, timesteps: int, runtime: Ru
     random = generator(device, config.seed, TRAIN_STREAM, step)
     offset, *dropped = torch.rand(1 + size, generator=random, device=device).split([1, size])
     noise = torch.randn(size, 1, 28, 28, generator=random, device=device)[share]
-    t = stratified_timesteps(timesteps, size, offset)[share]
+    fine, refined = refined_images(config), config.model.refiner
+    t = refined + stratified_timesteps(schedule.timesteps - refined, size - fine, offset)
+    if fine:
+        t = torch.cat([fine_timesteps(schedule, refined, fine, offset), t])
     labels = digits.labels[indices].masked_fill(dropped[0][share] < config.train.label_dropout, NO_LABEL)
-    return to_unit(digits.images[indices]), labels, t, noise
+    return to_unit(digits.images[indices]), labels, t[share], noise
+
+
+def refined_images(config: Config) -> int:
+    """How many images of a batch are for the refiner."""
+    return round(config.train.refiner_share * config.train.batch_size) if config.model.refiner else 0
+
+
+def refiner_alone(config: Config) -> bool:
+    return config.model.refiner > 0 and config.train.refiner_share == 1
 
 
 class Optimizer:
@@ -220,8 +241,7 @@ class Optimizer:
 
     def step(self) -> None:
         for matrix, parameter in self.matrices:
-            if parameter.grad is not None:
-                matrix.grad = as_matrix(parameter.grad)
+            matrix.grad = None if parameter.grad is None else as_matrix(parameter.grad)
         for part in self.parts.values():
             part.step()
 
@@ -273,6 +293,9 @@ def progress_of(state: State, options: TrainConfig, length: int) -> float:
 def new_state(config: Config, runtime: Runtime, data: dict[str, Any]) -> State:
     torch.manual_seed(seed_of(config.seed))
     network = UNet(config.model).to(runtime.device).to(memory_format=torch.channels_last)
+    if refiner_alone(config):
+        for name, parameter in network.named_parameters():
+            parameter.requires_grad_(name.startswith("refiner."))
     history = {"columns": {}, "running": [0.0, 0], "seconds": 0.0, "skipped": 0, "data": data}
     return State(network, moving_average(network, config.train.ema), Optimizer(network, config.train), 0, history)
 
@@ -389,7 +412,7 @@ def record(state: State, config: Config, schedule: NoiseSchedule, test: Digits, 
     size = schedule.timesteps / LEVELS
     row = {"step": state.step, "epoch": round(state.step * config.train.batch_size / count, 6),
            "images": state.step * config.train.batch_size, "train_loss": total / max(1, steps),
-           "test_loss": float(np.mean(levels)), "skipped": state.history["skipped"],
+           "test_loss": float(np.nanmean(levels)), "skipped": state.history["skipped"],
            **{f"test_loss_t{round(i * size) + 1}-{round((i + 1) * size)}": level for i, level in enumerate(levels)},
            "seconds": round(state.history["seconds"], 1)}
     columns = state.history["columns"]
@@ -398,7 +421,7 @@ def record(state: State, config: Config, schedule: NoiseSchedule, test: Digits, 
         columns.setdefault(name, [math.nan] * before).append(row.get(name, math.nan))
     state.history["running"] = [0.0, 0]
     folder = Path("results") / configs.run_name(config)
-    if config.train.preview:
+    if config.train.preview and not refiner_alone(config):
         options = replace(config.sample, sampler="dpmpp-sde", steps=min(10, schedule.timesteps), digits="0123456789",
                           guidance=float(config.train.label_dropout < 1),
                           eta=0.0, variance="posterior")
@@ -415,6 +438,8 @@ def test_loss(network: nn.Module, schedule: NoiseSchedule, test: Digits, config:
     number = min(TEST_IMAGES, len(test))
     random = generator("cpu", TEST_STREAM)
     t = stratified_timesteps(schedule.timesteps, number, torch.tensor(0.5))
+    if refiner_alone(config):
+        t = fine_timesteps(schedule, config.model.refiner, number, torch.tensor(0.5))
     t = t[torch.randperm(number, generator=random)]
     noise = torch.randn(number, 1, 28, 28, generator=random)
     losses = []
@@ -453,7 +478,7 @@ def reference(config: Config) -> dict[str, Any] | None:
         return None
     theirs, ours = ((c["diffusion"], c["train"].get("clip_loss", False)) for c in (shipped["config"], configs.to_dict(config)))
     data = shipped["history"].get("data", {})
-    if theirs != ours or data.get("name") != config.dataset or not shipped["history"].get("columns"):
+    if theirs != ours or config.model.refiner or data.get("name") != config.dataset or not shipped["history"].get("columns"):
         return None
     return for_plot(shipped["history"]["columns"])
 
@@ -463,7 +488,8 @@ def say_what_comes(state: State, config: Config, runtime: Runtime, before: Train
     name, options = configs.run_name(config), config.train
     runtime.say(f"Training {name} for {aim(options)} on {runtime.name()}"
                 + (f", {runtime.world} processes" if runtime.world > 1 else "") + f", {'bf16' if runtime.bf16 else 'fp32'}: "
-                f"{count_parameters(state.network) / 1e6:.2f} M parameters, {gflop_per_image(config.model):.3f} GFLOP per image.")
+                f"{count_parameters(state.network) / 1e6:.2f} M parameters, {gflop_per_image(config.model):.3f} GFLOP per image"
+                + (f" above t = {config.model.refiner}." if config.model.refiner else "."))
     if before is not None:
         was, now = (learning_rate(o, state.step, progress_of(state, o, run_length(o, state.history["data"]["images"])))
                     for o in (before, options))

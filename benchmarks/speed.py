@@ -138,7 +138,7 @@ def measure_phases(state: train.State, config: Config, schedule: NoiseSchedule, 
     laps: dict[str, list[float]] = {phase: [] for phase in PHASES}
     for _ in range(steps):
         times = [_now(runtime)]
-        images, labels, t, noise = train.batch(config, state.step, digits, schedule.timesteps, runtime)
+        images, labels, t, noise = train.batch(config, state.step, digits, schedule, runtime)
         times.append(_now(runtime))
         with runtime.autocast():
             loss = diffusion_loss(forward, schedule, images, labels, t, noise, config.train.clip_loss).mean()
@@ -198,7 +198,7 @@ def gradient_step(config: Config, schedule: NoiseSchedule, digits: dataset.Digit
                   memory_format: torch.memory_format) -> Callable[[], None]:
     """Forward, loss and backward alone, in one precision and memory layout."""
     network = UNet(config.model).to(runtime.device, memory_format=memory_format).train()
-    images, labels, t, noise = train.batch(config, 0, digits, schedule.timesteps, runtime)
+    images, labels, t, noise = train.batch(config, 0, digits, schedule, runtime)
     forward = runtimes.compiled(network, runtime)
 
     def step() -> None:

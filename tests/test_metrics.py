@@ -395,6 +395,42 @@ def test_the_best_variance_of_the_reverse_process() -> None:
     assert {t: term.item() / 4 for t, term in plain.items()} == pytest.approx(terms(0))
 
 
+def test_what_a_pixel_is_worth_follows_from_its_prediction_alone() -> None:
+    """A variance or a decoder that knew x0 would make a bound of nothing."""
+    schedule = make_schedule(DiffusionConfig(timesteps=3))
+    images = torch.zeros(4, 1, 2, 2, dtype=torch.uint8)
+    images[:, :, 0] = 250
+    guess = torch.tensor([[-1.0, 0.97], [-0.95, 1.0]])  # nowhere of the kind that x0 is
+    kinds = metrics.kind_of(guess)
+    assert len(kinds.unique()) == 4 and not (kinds == metrics.kind_of(images[0, 0] / 127.5 - 1)).any()
+    table = torch.arange(1.0, 13.0, dtype=torch.float64)
+    known = metrics.Uncertainty(torch.tensor([1.0, 3.0], dtype=torch.float64), torch.stack([table, table]) / 4, table / 10)
+    found = metrics.bits_per_dim(lambda x, t: guess.expand_as(x), schedule, images, strata=200, batch=2, uncertainty=known)
+
+    x0, bits = (images[0, 0].double() / 127.5 - 1), math.log(2) * 4
+    error, expected = (x0 - guess.double()).square(), 0.0
+    for t in (2, 3):
+        gain = (schedule.snr[t - 1] - schedule.snr[t]).item()
+        wide = 1 + gain * (kinds + 1) / 4 * (1 - schedule.alpha_bar[t]).item()
+        expected += 0.5 * ((1 + gain * error) / wide - 1 + wide.log()).sum().item() / bits
+    assert found.L_kl == pytest.approx(expected, rel=0.01)
+    decoder = -metrics.discretised_log_likelihood(images[0, 0], guess.double(), (kinds + 1.0) / 10).sum().item() / bits
+    assert found.L_0 == pytest.approx(decoder, rel=1e-6)
+
+
+def test_the_bound_is_never_below_the_entropy() -> None:
+    """Pixels black or white at random have one bit each, whatever the variances are chosen to be; the ideal denoiser comes near."""
+    schedule = make_schedule(DiffusionConfig(timesteps=1000))
+    images = 255 * torch.randint(0, 2, (60, 1, 8, 8), generator=random(), dtype=torch.uint8)
+
+    def denoise(x: Tensor, t: int) -> Tensor:
+        return torch.tanh(schedule.alpha[t].item() * x / (1 - schedule.alpha_bar[t].item()))
+
+    known = metrics.calibrate(denoise, schedule, images[:20], batch=20)
+    bound = metrics.bits_per_dim(denoise, schedule, images[20:], strata=40, batch=20, uncertainty=known)
+    assert 1 - 3 * bound.standard_error < bound.bits_per_dim < 1.05
+
+
 @pytest.mark.parametrize("name, bits", [("linear", 0.657), ("cosine", 0.400)])
 def test_l0_of_the_published_schedules_on_the_levels_of_mnist(name: str, bits: float) -> None:
     std = metrics.default_decoder_std(make_schedule(DiffusionConfig(timesteps=1000, schedule=name)))

@@ -185,3 +185,56 @@ def test_gflop_is_a_count_by_hand(attention):
         if pixels in attention:
             count += 2 * (conv(pixels, channels, 4 * channels, 1) + 2 * pixels**4 * channels)
     assert gflop_per_image(config) == pytest.approx(2 * count / 1e9, rel=1e-9)
+
+
+# The refiner
+
+
+REFINED = replace(SMALL, refiner=40)
+
+
+def test_noise_levels_go_to_the_refiner_or_to_the_unet():
+    network = small_network(REFINED)
+    x, t, label = inputs(5)[0], torch.tensor([40, 500, 1, 41, 7]), torch.arange(5)
+    with torch.inference_mode():
+        refined, coarse, both = network.refiner(x, t), network.coarse(x, t, label), network(x, t, label)
+        assert (refined - coarse).abs().amax((1, 2, 3)).min() > 0.01
+        fine = t <= 40
+        torch.testing.assert_close(both[fine], refined[fine], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(both[~fine], coarse[~fine], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(network(x, t.clamp(max=40), label), network.refiner(x, t.clamp(max=40)))
+        torch.testing.assert_close(network(x, t.clamp(min=41), label), network.coarse(x, t.clamp(min=41), label))
+    network(x, t, label).square().sum().backward()
+    assert all(parameter.grad.abs().max() > 0 for parameter in network.refiner.parameters())
+    assert network.head.weight.grad.abs().max() > 0
+
+
+def test_a_refiner_leaves_the_unet_as_it_was():
+    torch.manual_seed(3)
+    plain = UNet(SMALL)
+    torch.manual_seed(3)
+    refined = UNet(REFINED)
+    assert all(torch.equal(weight, refined.state_dict()[name]) for name, weight in plain.state_dict().items())
+    assert gflop_per_image(REFINED) == gflop_per_image(SMALL)
+    assert count_parameters(refined) - count_parameters(plain) == count_parameters(refined.refiner)
+
+
+def test_the_refiner_sees_what_its_neighbours_are():
+    """The features of each direction are those of the image moved by one pixel, at the scale of the noise."""
+    refiner = small_network(REFINED).refiner
+    x, embedding = inputs(2)[0] * 0.02, torch.randn(2, REFINED.embedding)
+    found = refiner.features(x, embedding)
+    scale = refiner.scale(embedding).exp()[:, :, None, None]
+    count, sines = len(refiner.neighbours), len(refiner.octaves)
+    assert torch.equal(found[:, :1], x)
+    gate = refiner.gate(embedding).sigmoid()
+    powers = found[:, 1:1 + sines].square() + found[:, 1 + sines:1 + 2 * sines].square()
+    torch.testing.assert_close(powers, gate.square()[:, :, None, None].expand_as(powers))
+    for number, (i, j) in enumerate(refiner.neighbours):
+        difference = (x.roll((-i, -j), (2, 3)) - x) * scale
+        alike = found[:, 1 + 2 * sines + count + number]
+        inner = (slice(None), slice(1, -1), slice(1, -1))
+        torch.testing.assert_close(alike[inner], (-difference[:, 0].square() / 8).exp()[inner])
+        torch.testing.assert_close(found[:, 1 + 2 * sines + number][inner], (difference[:, 0] * alike)[inner])
+    flat = refiner.features(torch.full((2, 1, 28, 28), 0.3), embedding)
+    assert (flat[:, -count:] == 1).all()  # at the borders too

@@ -3,16 +3,19 @@
 import gzip
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
+import checkpoint
 import config as configs
 import dataset
+import metrics
 from config import UserError
 from dataset import NOTICE
 from run import main
 from runtime import Runtime
-from tests.conftest import TINY
+from tests.conftest import ROOT, TINY
 
 CPU = Runtime(torch.device("cpu"), bf16=False, compile=False)
 
@@ -80,3 +83,15 @@ def test_an_offline_run_is_never_continued_with_other_data(offline: Path, idx_fo
     capsys.readouterr()
     assert main([*flags, "--dataset", "idx", "--data-dir", str(idx_folder)]) == 2
     assert "dataset was generated, now idx" in capsys.readouterr().err
+
+
+def test_the_weights_that_ship_draw_the_digits_asked_for(own_folder: Path) -> None:
+    path = ROOT / "checkpoints/pretrained.pt"
+    state = checkpoint.load(path)
+    assert path.stat().st_size < 10e6 and state["model"] is None and state["optimizer"] is None
+    assert sum(weight.numel() for weight in state["ema"].values()) <= 2.3e6 and state["history"]["columns"]
+    assert main(["--mode", "sample", "--checkpoint", str(path), "--num-images", "50", "--digits", "0123456789", "--device", "cpu"]) == 0
+    drawn = np.load("results/mnist/samples.npz")
+    images = torch.from_numpy(drawn["arr_0"]).permute(0, 3, 1, 2)
+    probabilities = metrics.extract(metrics.load_extractor(), images).probabilities
+    assert metrics.drawn_as_asked(probabilities, torch.from_numpy(drawn["arr_1"])) >= 0.94 and metrics.sure_share(probabilities) >= 0.88

@@ -9,6 +9,7 @@ import csv
 import itertools
 import os
 import re
+import runpy
 import shutil
 import signal
 import stat
@@ -31,7 +32,7 @@ from config import UserError
 from diffusion import make_schedule
 from run import main
 from runtime import Runtime
-from tests.conftest import TINY, write_set
+from tests.conftest import ROOT, TINY, write_set
 from tests.processes import assert_close, assert_same, learned, nothing, start, start_ranks, wait_for
 
 RUN = ["--dataset", "idx", "--batch-size", "8", "--epochs", "2", "--timesteps", "100", "--preview", "0", "--device", "cpu", *TINY,
@@ -501,3 +502,57 @@ def test_a_run_stopped_on_two_processes_goes_on_on_one(finished: Path, own_folde
 
 def test_too_few_images_for_the_processes(own_folder: Path, flags: list[str]) -> None:
     assert "--batch-size 1" in end_alike(start_ranks(own_folder, 2, *flags, "--batch-size", "1"))
+    line = end_alike(start_ranks(own_folder, 2, *flags, "--refiner", "9", "--refiner-share", "0.1"))
+    assert "--refiner-share 0.1: 1 images of a batch for the refiner" in line
+    assert "for the U-Net" in end_alike(start_ranks(own_folder, 2, *flags, "--refiner", "9", "--refiner-share", "0.9"))
+
+
+# A refiner beside the U-Net
+
+
+def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+def test_a_run_with_a_refiner_learns_both_and_goes_on(own_folder: Path, flags: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    flags = [*flags, "--refiner", "20", "--refiner-share", "0.25"]
+    assert main([*flags, "--name", "whole"]) == 0
+    stop_at(5, monkeypatch)
+    assert main(flags) == 130 and main(flags) == 0
+    once, twice = (checkpoint.load(Path("checkpoints", name, "last.pt")) for name in ("whole", "idx"))
+    assert equal(once["model"], twice["model"])
+    moved = [name for name, weight in once["model"].items() if name.endswith("head.weight") and weight.any()]
+    assert moved == ["head.weight", "refiner.head.weight"]
+    assert main([*SAMPLE, "--steps", "10"]) == 0  # of which the refiner takes the last two
+
+
+def test_a_refiner_learns_on_two_processes_what_it_does_on_one(own_folder: Path, flags: list[str]) -> None:
+    """With two images of four for each part, every process has some of both in every step."""
+    flags = [*flags, "--refiner", "20", "--batch-size", "4"]
+    for program in start_ranks(own_folder, 2, *flags, "--name", "two", changes={"plots.save_losses": nothing}):
+        program.finish(0, seconds=60)
+    assert main([*flags, "--name", "one"]) == 0
+    one, two = (checkpoint.load(Path("checkpoints", name, "last.pt")) for name in ("one", "two"))
+    assert one["history"]["columns"]["test_loss"] == pytest.approx(two["history"]["columns"]["test_loss"], rel=1e-3)
+
+
+def test_a_refiner_alone_is_joined_with_a_unet(there: Path, flags: list[str], monkeypatch: pytest.MonkeyPatch,
+                                                capsys: Capture) -> None:
+    alone = [*flags, "--name", "fine", "--refiner", "20", "--refiner-share", "1"]
+    assert main(alone) == 0 and "export_pretrained" in capsys.readouterr().out
+    assert main(alone) == 0 and "is finished" in capsys.readouterr().out
+    fine, coarse = checkpoint.load(Path("checkpoints/fine/last.pt")), checkpoint.load(LAST)
+    assert not fine["model"]["head.weight"].any() and fine["model"]["refiner.head.weight"].any()
+
+    def export(refiner: Path) -> None:
+        monkeypatch.setattr(sys, "argv", ["export_pretrained.py", str(LAST), "--refiner", str(refiner), "--target", "joined.pt", "--full"])
+        runpy.run_path(str(ROOT / "benchmarks/export_pretrained.py"), run_name="__main__")
+
+    export(Path("checkpoints/fine/last.pt"))
+    joined = checkpoint.load(Path("joined.pt"))
+    assert joined["config"]["model"] == {**coarse["config"]["model"], "refiner": 20}
+    refiner = {name: value for name, value in fine["ema"].items() if name.startswith("refiner.")}
+    assert equal(joined["ema"], {**coarse["ema"], **refiner})
+    assert main([*SAMPLE, "--checkpoint", "joined.pt", "--steps", "10"]) == 0
+    with pytest.raises(SystemExit, match="it has no refiner"):
+        export(LAST)
