@@ -36,9 +36,9 @@ MNIST_MD5 = {"train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
              "t10k-images-idx3-ubyte": "2646ac647ad5339dbf082846283269ea",
              "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637"}
 GENERATED = Path(__file__).resolve().parent / "dataset" / "generated"  # drawn by benchmarks/generate_digits.py
-GENERATED_MD5 = {"train-images-idx3-ubyte": "ed22d65267e6ab16b1418710e161d9e9",
+GENERATED_MD5 = {"train-images-idx3-ubyte": "966bf8c918c4a4f7ff76fe7ddd98fee7",
                  "train-labels-idx1-ubyte": "39fc248b2bcfd018df20ef93690f4ec3",
-                 "t10k-images-idx3-ubyte": "42c6c4a5e7a41673f73030aa0528b7a2",
+                 "t10k-images-idx3-ubyte": "282e2bd207837d03bb0fa717d034cb90",
                  "t10k-labels-idx1-ubyte": "25a4ce62dcd2602d01c1eebf4701d637"}
 NOTICE = """
 ==============================================================================

@@ -73,10 +73,12 @@ class Stage(nn.Module):
 class Refiner(nn.Module):
     """Residual blocks at full resolution for the lowest noise levels, where what counts is a few of 256 levels of grey.
 
-    MNIST repeats itself exactly: a stroke's inside is one grey, and a straight edge the same grey all along. To see that
-    through a noise of a few levels, it is given sines of each pixel (Fourier features, arXiv 2107.00630) and
-    the differences between neighbours, in a window as wide as the noise; how strong and how wide, it learns from t. A
+    MNIST repeats itself exactly: a stroke's inside is one grey, and a straight edge the same grey all along. To see
+    that through a noise of a few levels, it is given sines of each pixel (Fourier features, arXiv 2107.00630) and the
+    differences between neighbours, in a window as wide as the noise; how strong and how wide, it learns from t. A
     network for a part of the noise levels is an expert denoiser (2211.01324). Knows no digits: by then they are drawn.
+
+    forward(x [B, 1, 28, 28], t [B]) -> [B, 1, 28, 28], as the U-Net's.
     """
 
     channels, blocks = 32, 3
@@ -152,8 +154,10 @@ class UNet(nn.Module):
             self.refiner = Refiner(config)
 
     def forward(self, x: Tensor, t: Tensor, label: Tensor) -> Tensor:
+        if not self.refined:
+            return self.coarse(x, t, label)
         fine = t <= self.refined
-        if not self.refined or not fine.any():
+        if not fine.any():
             return self.coarse(x, t, label)
         if fine.all():
             return self.refiner(x, t)
