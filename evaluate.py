@@ -223,7 +223,7 @@ def table(average: dict[str, float], spread: dict[str, float], controls: dict[st
 def explain(row: dict[str, Any], bound: metrics.Likelihood, reference: Reference) -> str:
     pixels, features = row["memorisation_pixels"], row["memorisation_features"]
     return (
-        f"Bound: {bound.bits_per_dim:.3f} ± {bound.standard_error:.3f} bits/dim on {min(BOUND_IMAGES, len(reference.test)):,} test images "
+        f"Bound: {bound.bits_per_dim:.3f} ± {bound.standard_error:.3f} bits/dim on {len(bound_images(reference.test)):,} test images "
         f"(L_T {bound.L_T:.5f} + KL {bound.L_kl:.3f} + L_0 {bound.L_0:.3f}): an upper bound, for 8-bit 28x28 images, unpadded, without "
         f"labels;\n  the variances of the reverse process were chosen on training images.\n"
         f"Memorisation: median distance to the nearest training image {pixels['ratio']:.2f}x that of test images in pixels, "

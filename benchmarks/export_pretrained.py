@@ -31,6 +31,7 @@ def main() -> None:
     if options.refiner is not None:
         theirs = checkpoint.load(options.refiner)
         donor = configs.from_dict(Config, theirs["config"])
+
         def fitting(c: Config, state: dict[str, Any]) -> tuple[Any, ...]:
             return c.diffusion, c.model.embedding, c.model.groups, state["history"]["data"].get("digest")
 
