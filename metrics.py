@@ -323,7 +323,8 @@ def kind_of(x0_hat: Tensor) -> Tensor:
 def discretised_log_likelihood(images: Tensor, mean: Tensor, std: float | Tensor) -> Tensor:
     """Log-probability of each pixel in nats, float64, under N(mean, std^2) cut into 256 levels (2006.11239, eq. 13).
 
-    images uint8 [...], mean [...] in [-1, 1], std one number or like mean. The outermost bins are open, so the 256 probabilities sum to one.
+    images uint8 [...], mean [...] in [-1, 1], std one number or like mean. The outermost bins are open, so the 256
+    probabilities sum to one.
     """
     level, mean = images.double(), mean.to(images.device).double()
     lower = torch.where(images == 0, -math.inf, ((level - 0.5) / 127.5 - 1 - mean) / std)
@@ -369,9 +370,7 @@ def kl_terms(denoise: Denoiser, schedule: NoiseSchedule, x0: Tensor, strata: int
     drawn = torch.searchsorted(proposal.cumsum(0), (torch.arange(strata) + offset) / strata)  # [strata]
     for index in drawn.clamp(max=len(proposal) - 1).tolist():
         t = index + 2
-        noise = torch.randn(x0.shape, generator=random).to(x0)
-        x_t = schedule.alpha[t].item() * x0 + schedule.sigma[t].item() * noise
-        x0_hat = denoise(x_t, t).cpu().double()
+        x0_hat = estimate_x0(denoise, schedule, x0, t, random).double()
         gain = schedule.snr[t - 1] - schedule.snr[t]
         pixels = gain * (x0.cpu().double() - x0_hat).square()
         if uncertainty is not None:
@@ -400,7 +399,7 @@ def bits_per_dim(denoise: Denoiser, schedule: NoiseSchedule, images: Tensor, str
         size, random = len(chunk), generator("cpu", seed, BOUND_STREAM, number)
         x0 = _padded(to_unit(chunk), batch).to(device)
         total, terms = kl_terms(denoise, schedule, x0, strata, random, uncertainty)
-        decoded = _predicted(denoise, schedule, x0, 1, random)[:size]
+        decoded = estimate_x0(denoise, schedule, x0, 1, random)[:size]
         std = uncertainty.decoder_std[kind_of(decoded)] if uncertainty is not None else decoder_std
         decoder = -discretised_log_likelihood(chunk.cpu(), decoded, std).flatten(1).sum(dim=1)
         parts.append(torch.stack([prior_term(schedule, x0)[:size], total[:size], decoder]).mean(dim=1))  # [3]
@@ -434,21 +433,19 @@ def calibrate(denoise: Denoiser, schedule: NoiseSchedule, images: Tensor, batch:
     """
     timesteps = sorted({round(t) for t in torch.logspace(0, math.log10(schedule.timesteps), 21, dtype=torch.float64).tolist()})
     images = images.cpu()
-    x0 = to_unit(images)
-    errors, predicted = [], []
+    x0, errors, std = to_unit(images), [], []
     for t in tqdm(timesteps, desc="calibrate", leave=False, disable=not progress):
-        parts = [_predicted(denoise, schedule, _padded(chunk, batch).to(device), t, generator("cpu", seed, DECODER_STREAM, t, number))
+        parts = [estimate_x0(denoise, schedule, _padded(chunk, batch).to(device), t, generator("cpu", seed, DECODER_STREAM, t, number))
                  [:len(chunk)] for number, chunk in enumerate(x0.split(batch))]
         x0_hat = torch.cat(parts)
-        predicted.append(x0_hat)
         squares, kinds = (x0 - x0_hat).double().square().flatten(), kind_of(x0_hat).flatten()
         counts = torch.bincount(kinds, minlength=len(KINDS) + 1)
         means = torch.bincount(kinds, squares, len(KINDS) + 1) / counts.clamp(min=1)
         errors.append(torch.where(counts >= FEWEST_PIXELS, means, squares.mean()) / (1 - schedule.alpha_bar[t]))
-    first = predicted[0]
-    kinds, overall = kind_of(first), _best_std(images, first)
-    std = [_best_std(images[kinds == k], first[kinds == k]) if int((kinds == k).sum()) >= FEWEST_PIXELS else overall
-           for k in range(len(KINDS) + 1)]
+        if t == 1:
+            overall = _best_std(images, x0_hat)
+            of_kind = [kinds.view_as(x0_hat) == kind for kind in range(len(KINDS) + 1)]
+            std = [_best_std(images[of], x0_hat[of]) if of.sum() >= FEWEST_PIXELS else overall for of in of_kind]
     return Uncertainty(torch.tensor(timesteps, dtype=torch.float64), torch.stack(errors), torch.tensor(std, dtype=torch.float64))
 
 
@@ -466,8 +463,8 @@ def _best_std(images: Tensor, mean: Tensor) -> float:
     return math.exp(best)
 
 
-def _predicted(denoise: Denoiser, schedule: NoiseSchedule, x0: Tensor, t: int, random: torch.Generator) -> Tensor:
-    """x0_hat at a draw of x_t, on the CPU."""
+def estimate_x0(denoise: Denoiser, schedule: NoiseSchedule, x0: Tensor, t: int, random: torch.Generator) -> Tensor:
+    """x0_hat at a draw of x_t from x0 [B, ...] -> like x0, on the CPU."""
     noise = torch.randn(x0.shape, generator=random).to(x0)
     return denoise(schedule.alpha[t].item() * x0 + schedule.sigma[t].item() * noise, t).cpu()
 

@@ -56,15 +56,14 @@ def main() -> None:
         print("\n| SNR x squared error | t = " + " | ".join(map(str, LEVELS)) + " |\n| --- |" + " --: |" * len(LEVELS))
         for name, network in networks.items():
             denoise = make_denoiser(network, trained.schedule, torch.full((len(images),), NO_LABEL))
-            errors = [errors_at(denoise, trained.schedule, to_unit(images), t) for t in LEVELS]
+            errors = [squared_error(denoise, trained.schedule, to_unit(images), t) for t in LEVELS]
             for kind, chosen in kinds.items():
                 print(f"| {name}: {kind} | " + " | ".join(f"{error[chosen].mean().item():.4f}" for error in errors) + " |", flush=True)
 
 
-def errors_at(denoise: Denoiser, schedule: NoiseSchedule, x0: Tensor, t: int) -> Tensor:
-    noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(t))
-    x_t = schedule.alpha[t].item() * x0 + schedule.sigma[t].item() * noise
-    return (denoise(x_t, t) - x0).square() * schedule.snr[t].item()
+def squared_error(denoise: Denoiser, schedule: NoiseSchedule, x0: Tensor, t: int) -> Tensor:
+    x0_hat = metrics.estimate_x0(denoise, schedule, x0, t, torch.Generator().manual_seed(t))
+    return (x0_hat - x0).square() * schedule.snr[t].item()
 
 
 if __name__ == "__main__":
