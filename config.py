@@ -1,15 +1,35 @@
-"""Every knob: its default, its unit and one line of help. Edit a default here, or pass the flag of the same name.
+"""Every knob on one line: its type and limits, its default, its help. Edit a default, or pass the flag of that name.
 
-Owns the frozen config dataclasses, their validation, and `UserError`, the failure that a user can mend.
-Imports no torch, so that a wrong flag is answered at once. `python run.py --help` lists everything below.
+Owns the frozen config dataclasses, the few rules between knobs, the part of a config that a checkpoint keeps, and
+`UserError`. Imports no torch, so that a wrong flag is answered at once. `python run.py --help` lists everything below.
 """
 
+import contextlib
 import dataclasses
-import math
+import functools
+import io
+import json
 import re
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal
+
+from annotated_types import Ge, Gt, Le, Lt, MultipleOf
+from pydantic import StringConstraints, TypeAdapter, ValidationError
+
+ROOT = Path(__file__).resolve().parent  # where the code and what ships with it lie
+RESOLUTIONS = (28, 14, 7)  # pixels at the three stages of the U-Net
+CLASSES = 10  # kinds of images
+NO_LABEL = CLASSES  # the label of an image that is drawn, or trained on, without one
+
+Channels = Annotated[int, Ge(1), Le(4096)]
+Blocks = Annotated[int, Ge(1), Le(64)]
+Share = Annotated[float, Ge(0), Le(1)]
+Count = Annotated[int, Ge(1), Le(10**7)]
+Asked = Annotated[str, StringConstraints(pattern="^(none|[0-9]{1,10000})$")]
+Written = Annotated[str, StringConstraints(pattern="^[0-9]{1,64}$")]
+RunName = Annotated[str, StringConstraints(pattern=r"^\w[\w.-]{0,99}$")]
+Device = Annotated[str, StringConstraints(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")]
 
 
 class UserError(Exception):
@@ -20,20 +40,19 @@ class UserError(Exception):
 class ModelConfig:
     """model: the U-Net (its stages are named by their resolution: 28, 14 and 7 pixels)"""
 
-    channels: tuple[int, ...] = (16, 32, 96)  # channels at 28, 14 and 7 pixels
-    blocks: tuple[int, ...] = (1, 1, 1)  # residual blocks at 28, 14 and 7 pixels, on the way down and up again
-    attention: tuple[int, ...] = (7,)  # resolutions with self-attention, out of 28, 14 and 7; give none for no attention
-    embedding: int = 128  # width of the embedding of time and digit
-    groups: int = 8  # groups of each GroupNorm; has to divide every channel count
-    dropout: float = 0.0  # share of activations dropped inside residual blocks
-    refiner: int = 0  # noise levels, from t = 1 up, that a small network of their own takes, for better bits/dim; 0: none
+    channels: tuple[Channels, Channels, Channels] = (16, 32, 96)  # channels at 28, 14 and 7 pixels
+    blocks: tuple[Blocks, Blocks, Blocks] = (1, 1, 1)  # residual blocks at each, on the way down and up again
+    attention: tuple[Literal[28, 14, 7], ...] = (7,)  # resolutions with self-attention; give none for no attention
+    embedding: Annotated[int, Ge(2), Le(65536), MultipleOf(2)] = 128  # width of the embedding of time and digit
+    groups: Annotated[int, Ge(1), Le(4096)] = 8  # groups of each GroupNorm; has to divide every channel count
+    dropout: Annotated[float, Ge(0), Lt(1)] = 0.0  # share of activations dropped inside residual blocks
 
 
 @dataclass(frozen=True)
 class DiffusionConfig:
     """diffusion: the noise schedule, what the network predicts, and how the loss is weighted"""
 
-    timesteps: int = 1000  # T: number of noise levels
+    timesteps: Annotated[int, Ge(2), Le(100_000)] = 1000  # T: number of noise levels
     schedule: Literal["cosine", "linear"] = "cosine"  # cosine (arXiv 2102.09672) or linear (2006.11239)
     prediction: Literal["v", "noise", "x0"] = "v"  # what the network predicts
     weighting: Literal["none", "min-snr", "snr"] = "none"  # of the prediction's squared error
@@ -43,43 +62,44 @@ class DiffusionConfig:
 class TrainConfig:
     """train: the length of a run and how the weights are learned"""
 
-    epochs: int = 100  # passes over the training images
-    minutes: float | None = None  # train for this many minutes of wall-clock instead
-    batch_size: int = 64  # images per step, over all processes together
-    lr: float = 2e-3  # peak learning rate
+    epochs: Count = 100  # passes over the training images
+    minutes: Annotated[float, Gt(0), Le(10**6)] | None = None  # train for this many minutes of wall-clock instead
+    batch_size: Annotated[int, Ge(1), Le(10**5)] = 64  # images per step, over all processes together
+    lr: Annotated[float, Gt(0), Le(10)] = 2e-3  # peak learning rate
     lr_schedule: Literal["linear", "cosine", "constant"] = "linear"  # decay to zero after the warm-up, or none
-    warmup: int = 100  # steps over which the learning rate rises from zero
+    warmup: Annotated[int, Ge(0), Le(10**7)] = 100  # steps over which the learning rate rises from zero
     optimizer: Literal["muon", "adamw"] = "muon"  # muon: Muon for weight matrices, AdamW for the rest
-    weight_decay: float = 0.01  # decoupled weight decay, times the learning rate
-    grad_clip: float = 1.0  # largest norm of the gradient
-    ema: float = 0.999  # decay of the averaged weights per step, warmed up; 0: no averaging
-    clip_loss: bool = True  # blacker than a black pixel, or whiter than a white one, costs nothing, as drawing clips it
-    label_dropout: float = 0.1  # share of images trained without their label
-    refiner_share: float = 0.5  # share of images trained at the noise levels of --refiner; 1: the refiner alone
-    preview: int = 64  # images in each preview grid during training; 0: none
+    weight_decay: Annotated[float, Ge(0), Le(10)] = 0.01  # decoupled weight decay, times the learning rate
+    grad_clip: Annotated[float, Gt(0)] = 1.0  # largest norm of the gradient; inf: no clipping
+    ema: Annotated[float, Ge(0), Lt(1)] = 0.999  # decay of the averaged weights per step, warmed up; 0: no averaging
+    clip_loss: bool = True  # blacker than black or whiter than white costs nothing, as drawing clips it
+    label_dropout: Share = 0.1  # share of images trained without their label
+    preview: Annotated[int, Ge(0), Le(1024)] = 64  # images in each preview grid during training; 0: none
     fresh: bool = False  # start over; the old checkpoint is kept under another name
+    same_code: bool = False  # go on with a run although the code was edited since: a comment, a rename
 
 
 @dataclass(frozen=True)
 class SampleConfig:
     """sample: how images are drawn (also by evaluate)"""
 
-    num_images: int | None = None  # images to draw; unset: 256 in sample, 10000 in evaluate
+    num_images: Annotated[int, Ge(1), Le(10**6)] | None = None  # unset: 256 in sample, 10000 in evaluate
     sampler: Literal["ddpm", "ddim", "dpmpp", "dpmpp-sde", "unipc"] = "dpmpp-sde"  # reverse process
-    steps: int = 10  # each evaluates the network once, with guidance twice
-    eta: float = 0.0  # ddim: noise added in each step, 0 (none) to 1 (as ddpm)
+    steps: Annotated[int, Ge(1), Le(100_000)] = 10  # each evaluates the network once, with guidance twice
+    eta: Share = 0.0  # ddim: noise added in each step, 0 (none) to 1 (as ddpm)
     variance: Literal["posterior", "upper"] = "posterior"  # ddpm: beta-tilde or beta (2006.11239, section 3.2)
-    guidance: float = 1.14  # classifier-free guidance (2207.12598), x0 = free + guidance * (labelled - free); 1: off
-    digits: str | None = None  # digits to draw, cycled ("7", "0123456789"), or "none" for no label; unset: at random
-    write: str | None = None  # a number to write in one line, such as 20261123, into number.png
-    checkpoint: Path | None = None  # file to draw from; unset: checkpoints/<name>/last.pt, else pretrained.pt
+    guidance: Annotated[float, Ge(0), Le(100)] = 1.14  # x0 = free + guidance * (labelled - free) (2207.12598); 1: off
+    digits: Asked | None = None  # digits to draw, cycled ("7", "0123456789"), or "none" for no label; unset: at random
+    write: Written | None = None  # a number to write in one line, such as 20261123, into number.png
+    checkpoint: Path | None = None  # file to draw from; unset: checkpoints/<name>/last.safetensors, else what ships
 
 
 @dataclass(frozen=True)
 class EvaluateConfig:
     """evaluate: what is measured"""
 
-    seeds: int = 1  # repeat with this many seeds (seed, seed + 1, ...) for mean and spread
+    seeds: Annotated[int, Ge(1), Le(1000)] = 1  # repeat with this many seeds (seed, seed + 1, ...) for mean and spread
+    bound: bool = False  # also the variational bound on the likelihood, in bits per pixel
     sweep: bool = False  # every sampler at several step counts instead: sweep.png and sweep.csv
 
 
@@ -88,11 +108,11 @@ class Config:
     """Train a small diffusion model of handwritten digits, draw with it, and measure it."""
 
     mode: Literal["train", "sample", "evaluate"] = "train"  # what `python run.py` does
-    name: str | None = None  # name of the run, in checkpoints/ and results/; unset: the data set's name
+    name: RunName | None = None  # name of the run, in checkpoints/ and results/; unset: the data set's name
     dataset: Literal["auto", "mnist", "generated", "idx"] = "auto"  # auto: mnist, else, offline, the generated digits
-    data_dir: Path = Path("dataset")  # MNIST goes to <data-dir>/mnist/MNIST/raw; idx: folder of the four IDX files
-    seed: int = 0  # every random number follows from it
-    device: str = "auto"  # cuda, mps, cpu, or auto: the first of these that is there
+    data_dir: Path | None = None  # folder of mnist/MNIST/raw, or of four IDX files; unset: dataset/
+    seed: Annotated[int, Ge(0), Lt(2**63)] = 0  # every random number follows from it
+    device: Device = "auto"  # cuda, cuda:1, mps, cpu, or auto: the first of these that is there
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 on CUDA, fp32 elsewhere
     compile: Literal["auto", "on", "off"] = "auto"  # torch.compile; auto: on CUDA where a compiler is found
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -102,98 +122,15 @@ class Config:
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
 
 
-RESOLUTIONS = (28, 14, 7)
-MAX_WRITTEN = 64  # digits in one number.png
-
-
-def validate(config: Config) -> None:
-    """Checks every field against its type and range, and the combinations; raises UserError naming the first field."""
-    groups = (config, config.model, config.diffusion, config.train, config.sample, config.evaluate)
-    for group in groups:
-        for name, hint in get_type_hints(type(group)).items():
-            _check_type(_flag(name), getattr(group, name), hint)
-    model, diffusion, train, sample = config.model, config.diffusion, config.train, config.sample
-
-    def require(ok: bool, name: str, problem: str, advice: str) -> None:
-        if not ok:
-            owner = next(group for group in groups if hasattr(group, name))
-            raise UserError(f"{_flag(name)} {_show(getattr(owner, name))}: {problem}; {advice}")
-
-    for name in ("channels", "blocks"):
-        require(len(getattr(model, name)) == 3, name, "one value for each of 28, 14 and 7 pixels is needed",
-                f"give three, such as {_flag(name)} {_show(getattr(ModelConfig(), name))}")
-    require(all(1 <= c <= 4096 for c in model.channels), "channels", "a stage has at least 1 and at most 4096 channels",
-            "give positive numbers")
-    require(all(1 <= b <= 64 for b in model.blocks), "blocks", "a stage has at least 1 and at most 64 blocks",
-            "give positive numbers")
-    require(1 <= model.groups <= 4096, "groups", "at least one group is needed", "give a positive number")
-    require(all(c % model.groups == 0 for c in model.channels), "channels",
-            f"GroupNorm can't divide them into {model.groups} groups", f"use multiples of {model.groups}, or other --groups")
-    require(set(model.attention) <= set(RESOLUTIONS), "attention", "attention is possible at 28, 14 and 7 pixels",
-            "choose among these, or give no value for none")
-    require(2 <= model.embedding <= 65536 and model.embedding % 2 == 0, "embedding", "it has to be even, 2 to 65536",
-            "choose an even width such as 128")
-    require(0 <= model.dropout < 1, "dropout", "it is a share of activations", "choose from 0 up to, not including, 1")
-
-    lowest = 21 if diffusion.schedule == "linear" else 2
-    require(lowest <= diffusion.timesteps <= 100_000, "timesteps",
-            f"the {diffusion.schedule} schedule needs {lowest} to 100000 noise levels", "choose one in that range")
-
-    require(0 <= model.refiner < diffusion.timesteps, "refiner", f"it takes noise levels below the last, {diffusion.timesteps}",
-            "choose a smaller one, or 0 for none")
-
-    require(1 <= train.epochs <= 10**7, "epochs", "a run has at least one epoch", "choose a positive number")
-    require(train.minutes is None or 0 < train.minutes <= 10**6, "minutes", "a run takes a positive time",
-            "choose a number above 0")
-    require(1 <= train.batch_size <= 10**5, "batch_size", "a step has 1 to 100000 images", "choose one in that range")
-    require(0 < train.lr <= 10, "lr", "a rate is above 0 and at most 10", f"try {TrainConfig().lr:g}")
-    require(0 <= train.warmup <= 10**7, "warmup", "a number of steps can't be negative", "choose 0 or more")
-    require(0 <= train.weight_decay <= 10, "weight_decay", "a decay is 0 to 10", "choose one in that range")
-    require(train.grad_clip > 0, "grad_clip", "a norm is positive", "choose a number above 0, or inf for no clipping")
-    require(0 <= train.ema < 1, "ema", "a decay is at least 0 and below 1", "choose 0 for no averaging")
-    require(0 <= train.label_dropout <= 1, "label_dropout", "it is a share of images", "choose from 0 to 1")
-    require(0 < train.refiner_share <= 1, "refiner_share", "it is a share of images", "choose one above 0, up to 1")
-    require(model.refiner > 0 or train.refiner_share == TrainConfig.refiner_share, "refiner_share", "there is no refiner",
-            "leave it out, or add --refiner 40")
-    require(0 <= train.preview <= 1024, "preview", "a grid has 0 to 1024 images", "choose one in that range")
-
-    require(sample.num_images is None or 1 <= sample.num_images <= 10**6, "num_images", "1 to 1000000 can be drawn",
-            "choose one in that range")
-    require(1 <= sample.steps <= 100_000, "steps", "at least one network evaluation is needed", "choose a positive number")
-    require(0 <= sample.eta <= 1, "eta", "it is a share of DDPM's noise", "choose from 0 to 1")
-    require(sample.eta == 0 or sample.sampler == "ddim", "eta", f"only ddim has it, not {sample.sampler}",
-            "leave it out, or add --sampler ddim")
-    require(sample.variance == "posterior" or sample.sampler == "ddpm", "variance",
-            f"only ddpm has it, not {sample.sampler}", "leave it out, or add --sampler ddpm")
-    require(0 <= sample.guidance <= 100, "guidance", "a scale is 0 to 100", "choose one in that range; 1 is off")
-    digits = sample.digits
-    require(digits is None or digits == "none" or re.fullmatch("[0-9]{1,10000}", digits) is not None, "digits",
-            "only the digits 0 to 9 can be drawn", "write them without spaces, such as 0123456789, or none")
-    require(digits != "none" or sample.guidance in (1, SampleConfig.guidance), "guidance",
-            "guidance needs labels, and --digits none has none", "leave one of the two out")
-    write = sample.write
-    require(write is None or re.fullmatch(f"[0-9]{{1,{MAX_WRITTEN}}}", write) is not None, "write",
-            f"only 1 to {MAX_WRITTEN} of the digits 0 to 9 can be written", "leave out all other characters")
-
-    require(1 <= config.evaluate.seeds <= 1000, "seeds", "1 to 1000 seeds are possible", "choose one in that range")
-    require(0 <= config.seed < 2**63, "seed", "a seed is 0 or more and below 2**63", "choose one in that range")
-    name_ok = config.name is None or re.fullmatch(r"[\w][\w.-]{0,99}", config.name) is not None
-    require(name_ok, "name", "a run is named by letters, digits, '_', '-' and '.', at most 100, first a letter or digit",
-            "choose such a name")
-    require(re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", config.device) is not None, "device", "there is no such device",
-            "choose auto, cuda, cuda:1, mps or cpu")
-
-
-def run_name(config: Config) -> str:
-    """Name of the run's folders in checkpoints/ and results/."""
-    return config.name or ("mnist" if config.dataset == "auto" else config.dataset)
+GROUPS = ("model", "diffusion", "train", "sample", "evaluate")
+STORED = ("dataset", "seed", "precision", "model", "diffusion", "train")  # what a checkpoint keeps of its config
+# Training does not depend on these, so a run that is continued may have others.
+FREE = ("epochs", "minutes", "preview", "fresh", "same_code")
+RESERVED = "pretrained"  # the name of what ships
 
 
 def parse(argv: list[str]) -> Config:
     """Config from flags over the defaults above; raises UserError for a bad flag, SystemExit(0) after --help."""
-    import contextlib
-    import io
-
     import tyro
 
     said = io.StringIO()
@@ -204,79 +141,108 @@ def parse(argv: list[str]) -> Config:
         if stop.code == 0:  # --help
             raise
         raise UserError(_one_line(said.getvalue())) from None
-    validate(config)
+    return validate(config)
+
+
+def validate(config: Config) -> Config:
+    """The config, each knob checked against its type and limits, and the rules between them; raises UserError."""
+    config = _checked(_plain(config))
+    model, sample = config.model, config.sample
+
+    def require(ok: bool, flag: str, value: Any, problem: str) -> None:
+        if not ok:
+            raise UserError(f"{flag} {_show(value)}: {problem}")
+
+    require(all(c % model.groups == 0 for c in model.channels), "--channels", model.channels,
+            f"GroupNorm can't divide them into {model.groups} groups; use multiples of it, or other --groups")
+    require(config.diffusion.schedule != "linear" or config.diffusion.timesteps > 20, "--timesteps",
+            config.diffusion.timesteps, "the linear schedule's last beta, 20 / T, reaches 1; use at least 21")
+    require(sample.eta == 0 or sample.sampler == "ddim", "--eta", sample.eta,
+            f"only ddim has it, not {sample.sampler}; leave it out, or add --sampler ddim")
+    require(sample.variance == "posterior" or sample.sampler == "ddpm", "--variance", sample.variance,
+            f"only ddpm has it, not {sample.sampler}; leave it out, or add --sampler ddpm")
+    require(sample.digits != "none" or sample.guidance in (1, SampleConfig.guidance), "--guidance", sample.guidance,
+            "guidance needs labels, and --digits none has none; leave one of the two out")
+    require(config.name != RESERVED, "--name", config.name, "the pictures that come with the project have this name; "
+            "choose another")
     return config
 
 
-def to_dict(config: Any) -> dict[str, Any]:
-    """Nested dict of plain values, as checkpoints hold it."""
-    return {f.name: _plain(getattr(config, f.name)) for f in fields(config)}
+def run_name(config: Config) -> str:
+    """Name of the run's folders in checkpoints/ and results/."""
+    return config.name or ("mnist" if config.dataset == "auto" else config.dataset)
 
 
-def from_dict(kind: type, values: dict[str, Any]) -> Any:
-    """Inverse of `to_dict` for a config dataclass; raises UserError for an unknown, missing or mistyped field."""
-    known = {f.name for f in fields(kind)}
-    if not isinstance(values, dict) or set(values) != known:
-        odd = sorted(map(str, known ^ set(values))) if isinstance(values, dict) else ["all"]
-        raise UserError(f"the stored {kind.__name__} has missing or unknown fields ({', '.join(odd)}): "
-                        "it was written by another version; use that version, or train again")
-    hints, made = get_type_hints(kind), {}
-    for name, value in values.items():
-        if dataclasses.is_dataclass(hints[name]):
-            value = from_dict(hints[name], value)  # type: ignore[arg-type]
-        elif get_origin(hints[name]) is tuple and isinstance(value, (list, tuple)):
-            value = tuple(value)
-        elif Path in (hints[name], *get_args(hints[name])) and isinstance(value, str):
-            value = Path(value)
-        _check_type(_flag(name), value, hints[name])
-        made[name] = value
-    return kind(**made)
+def stored(config: Config) -> dict[str, Any]:
+    """What a checkpoint keeps: the settings that decide training and the network, as plain values."""
+    return {name: value for name, value in _plain(config).items() if name in STORED}
 
 
-def _plain(value: Any) -> Any:
-    if dataclasses.is_dataclass(value):
-        return to_dict(value)
-    if isinstance(value, tuple):
-        return list(value)
-    return str(value) if isinstance(value, Path) else value
+def from_stored(values: Any) -> tuple[Config, list[str]]:
+    """Inverse of `stored`, and the knobs that it lacks, being older than they are: these have their defaults.
+
+    Raises UserError for anything else than the settings of such a run.
+    """
+    wanted = stored(Config())
+    if not isinstance(values, dict) or not all(isinstance(values.get(name, {}), dict) for name in GROUPS):
+        raise UserError("its settings are not as this project stores them; use another file, or train again")
+    unknown, lacking, complete = [], [], {}
+    for name, default in wanted.items():
+        given = values.get(name, default)
+        if isinstance(default, dict):
+            unknown += sorted(given.keys() - default.keys())
+            lacking += sorted(default.keys() - given.keys())
+            given = {**default, **given}
+        elif name not in values:
+            lacking.append(name)
+        complete[name] = given
+    unknown += sorted(values.keys() - wanted.keys())
+    if unknown:
+        raise UserError(f"it has settings that this version does not know ({', '.join(map(str, unknown))}): "
+                        "use the version that wrote it, or train again")
+    return validate(_checked({**_plain(Config()), **complete})), lacking
 
 
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
+def differences(saved: Config, wanted: Config) -> list[str]:
+    """The settings on which training depends and that are not the same, each with both values."""
+    def flat(config: Config) -> dict[str, Any]:
+        values = stored(config)
+        return {**values, **values.pop("model"), **values.pop("diffusion"), **values.pop("train")}
+
+    before, now = flat(saved), flat(wanted)
+    return [f"{name.replace('_', '-')} was {before[name]}, now {now[name]}" for name in now
+            if name not in (*FREE, "model", "diffusion", "train") and before[name] != now[name]]
+
+
+@functools.cache
+def _adapter() -> TypeAdapter[Config]:
+    return TypeAdapter(Config)
+
+
+def _plain(config: Config) -> dict[str, Any]:
+    """Nested dict of the plain values that JSON has; inf stays."""
+    return json.loads(json.dumps(dataclasses.asdict(config), default=str))
+
+
+def _checked(values: dict[str, Any]) -> Config:
+    """A Config of plain values, by its annotations alone, strictly: "3" is no number, and True is no 1."""
+    try:
+        return _adapter().validate_json(json.dumps(values), strict=True)
+    except ValidationError as error:
+        first = error.errors()[0]
+        names = [part for part in first["loc"] if isinstance(part, str)][:2 if first["loc"][0] in GROUPS else 1]
+        value = functools.reduce(lambda inner, name: inner[name], names, values)
+        flag = "--" + names[-1].replace("_", "-")
+        raise UserError(f"{flag} {_show(value)}: {first['msg'][:1].lower()}{first['msg'][1:]}; "
+                        "see python run.py --help") from None
 
 
 def _show(value: Any) -> str:
-    return " ".join(map(str, value)) if isinstance(value, tuple) else repr(value) if value == "" else str(value)
-
-
-def _check_type(flag: str, value: Any, hint: Any) -> None:
-    """A default edited in place passes no parser, so types are checked here too."""
-    if dataclasses.is_dataclass(hint):
-        ok = isinstance(value, hint)  # type: ignore[arg-type]
-    elif get_origin(hint) is Literal:
-        ok = value in get_args(hint)
-    elif get_origin(hint) is tuple:
-        ok = isinstance(value, tuple) and all(type(item) is int for item in value)
-    else:
-        kinds = get_args(hint) or (hint,)
-        ok = any(type(value) is kind or isinstance(value, kind) and kind is Path for kind in kinds)
-        if float in kinds and type(value) in (int, float):
-            ok = not math.isnan(value)
-    if not ok:
-        wanted = "one of " + ", ".join(map(str, get_args(hint))) if get_origin(hint) is Literal else _type_name(hint)
-        raise UserError(f"{flag} {value!r}: {wanted} is needed; see python run.py --help")
-
-
-def _type_name(hint: Any) -> str:
-    names = {int: "a whole number", float: "a number", bool: "True or False", str: "text", Path: "a path",
-             type(None): "None"}
-    if get_origin(hint) is tuple:
-        return "a tuple of whole numbers"
-    return " or ".join(names.get(kind, str(kind)) for kind in (get_args(hint) or (hint,)))
+    return " ".join(map(str, value)) if isinstance(value, (list, tuple)) else repr(value) if value == "" else str(value)
 
 
 def _one_line(box: str) -> str:
-    """The message out of tyro's box: title, message, advice; drawn with rules, or with dashes where there is no Unicode."""
+    """The message out of tyro's box: title, message, advice; drawn with rules, or with dashes without Unicode."""
     sections: list[list[str]] = [[]]
     for line in (line.strip("│| ") for line in box.splitlines()):
         if line.startswith("╭") or line and set(line) <= {"─", "-"}:

@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from http.client import HTTPException
 from pathlib import Path
+from typing import Any
 from urllib.error import URLError
 
 import numpy as np
@@ -26,8 +27,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from config import Config, UserError
-from runtime import Runtime, generator
+from config import CLASSES, ROOT, Config, UserError
+from support.runtime import Runtime, generator
 
 FILES = {"train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
          "test": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")}
@@ -35,7 +36,7 @@ MNIST_MD5 = {"train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
              "train-labels-idx1-ubyte": "a25bea736e30d166cdddb491f175f624",
              "t10k-images-idx3-ubyte": "2646ac647ad5339dbf082846283269ea",
              "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637"}
-GENERATED = Path(__file__).resolve().parent / "dataset" / "generated"  # drawn by benchmarks/generate_digits.py
+GENERATED = ROOT / "dataset" / "generated"  # drawn by benchmarks/generate_digits.py
 GENERATED_MD5 = {"train-images-idx3-ubyte": "966bf8c918c4a4f7ff76fe7ddd98fee7",
                  "train-labels-idx1-ubyte": "39fc248b2bcfd018df20ef93690f4ec3",
                  "t10k-images-idx3-ubyte": "282e2bd207837d03bb0fa717d034cb90",
@@ -48,10 +49,10 @@ NOTICE = """
 ==============================================================================
 """
 KINDS = {0x803: "images", 0x801: "labels"}  # the first four bytes of an IDX file
-SIZE, CLASSES = 28, 10
+SIZE = 28
 MAX_IMAGES = 1_000_000  # so that a header, or a small .gz file, can't ask for all the memory there is
 TIMEOUT = 20.0  # seconds without an answer after which a download gives up
-ORDER_STREAM = 8  # of random numbers; train.py, sample.py, metrics.py and evaluate.py own 1 to 7
+ORDER_STREAM = 8  # of random numbers; see train.py, drawing.py, likelihood.py and evaluate.py for the others
 
 
 @dataclass(frozen=True)
@@ -69,16 +70,16 @@ class Digits:
 
 
 def resolve(config: Config, runtime: Runtime) -> Config:
-    """The config with "auto" settled: MNIST if it is there or can be fetched, else, with a notice, the generated digits."""
+    """The config with "auto" settled: MNIST if there or fetched, else, with a notice, the generated digits."""
     if config.dataset != "auto":
         return config
 
     def choose() -> str:
-        folder = _mnist_folder(config.data_dir)
-        if all(_find(folder, name) is not None for name in MNIST_MD5):
+        root = data_folder(config)
+        if _has_mnist(root):
             return "mnist"
         try:
-            download_mnist(config.data_dir)
+            download_mnist(root)
         except UserError as error:
             print(f"{error}\n{NOTICE}", flush=True)
             return "generated"
@@ -91,11 +92,26 @@ def load(config: Config, split: str) -> Digits:
     """The split, "train" or "test", of the data set that config means; raises UserError."""
     if config.dataset == "generated":
         return load_generated(split)
-    return load_idx(config.data_dir, split) if config.dataset == "idx" else load_mnist(config.data_dir, split)
+    return (load_idx if config.dataset == "idx" else load_mnist)(data_folder(config), split)
+
+
+def data_folder(config: Config) -> Path:
+    """--data-dir; unset, the dataset/ of the current folder, or the one beside the code if only that has MNIST."""
+    here, ours = Path("dataset"), ROOT / "dataset"
+    return config.data_dir or (ours if _has_mnist(ours) and not _has_mnist(here) else here)
+
+
+def describe(digits: "Digits", name: str) -> dict[str, Any]:
+    """What a checkpoint says of its training images: name, number, digest, mean and spread in [0, 1], class counts."""
+    pixels = digits.images.float() / 255
+    content = hashlib.sha256(digits.images.cpu().numpy().tobytes() + digits.labels.cpu().numpy().tobytes())
+    return {"name": name, "images": len(digits), "digest": content.hexdigest()[:16],
+            "mean": round(pixels.mean().item(), 4), "std": round(pixels.std().item(), 4),
+            "classes": torch.bincount(digits.labels, minlength=CLASSES).tolist()}
 
 
 def load_generated(split: str) -> Digits:
-    """The digits that come with the project, 9,000 to train and 1,000 to test, known by their MD5s; raises UserError."""
+    """The digits that come with the project, 9,000 to train, 1,000 to test, known by their MD5s; raises UserError."""
     return _read_split(GENERATED, split, GENERATED_MD5, "get it again from the project's repository")
 
 
@@ -124,6 +140,10 @@ def load_idx(folder: Path, split: str) -> Digits:
 
 def _mnist_folder(root: Path) -> Path:
     return Path(root) / "mnist" / "MNIST" / "raw"
+
+
+def _has_mnist(root: Path) -> bool:
+    return all(_find(_mnist_folder(root), name) is not None for name in MNIST_MD5)
 
 
 def _find(folder: Path, name: str) -> Path | None:

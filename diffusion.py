@@ -12,17 +12,16 @@ from functools import cached_property, lru_cache
 import torch
 from torch import Tensor
 
-from config import DiffusionConfig, UserError
+from config import NO_LABEL, DiffusionConfig, UserError
 
 Network = Callable[[Tensor, Tensor, Tensor], Tensor]
 Denoiser = Callable[[Tensor, int], Tensor]
-NO_LABEL = 10
 MIN_SNR_GAMMA = 5.0  # arXiv 2303.09556, section 3.4
 
 
 @dataclass(frozen=True, eq=False)
 class NoiseSchedule:
-    """alpha_bar float64 [T+1] on the CPU, descending from alpha_bar[0] == 1; and what the network is trained to predict.
+    """alpha_bar float64 [T+1] on the CPU, descending from alpha_bar[0] == 1; and what the network learns to predict.
 
     A schedule may end at alpha_bar[T] == 0 (zero terminal SNR); then the prediction can't be the noise.
     """
@@ -52,7 +51,7 @@ class NoiseSchedule:
         return self.alpha_bar / (1 - self.alpha_bar)
 
     def at(self, values: Tensor, t: Tensor) -> Tensor:
-        """Float32 values of per-timestep constants at t [B], to be broadcast over images: [B, 1, 1, 1] on t's device."""
+        """Float32 values of per-timestep constants at t [B], broadcast over images: [B, 1, 1, 1] on t's device."""
         return _on_device(values, t.device)[t][:, None, None, None]
 
 
@@ -99,7 +98,7 @@ def transition_variance(schedule: NoiseSchedule, t: int, s: int) -> Tensor:
 
 
 def target(schedule: NoiseSchedule, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-    """What the network learns to predict: the noise, x0, or v = alpha noise - sigma x0 (arXiv 2202.00512, appendix D)."""
+    """What the network learns to predict: the noise, x0, or v = alpha noise - sigma x0 (2202.00512, appendix D)."""
     if schedule.prediction == "noise":
         return noise
     if schedule.prediction == "x0":
@@ -137,8 +136,8 @@ def diffusion_loss(network: Network, schedule: NoiseSchedule, x0: Tensor, labels
                    noise: Tensor, clip: bool = False) -> Tensor:
     """Weighted mean squared error of each image's prediction -> [B], float32 (2006.11239, eq. 14, and its kin).
 
-    With clip, a pixel at an edge of [-1, 1] costs nothing where the x0 predicted for it lies beyond that edge, since the
-    denoiser clips it onto it. The best prediction within [-1, 1] stays the mean.
+    With clip, a pixel at an edge of [-1, 1] costs nothing where the x0 predicted for it lies beyond that edge, since
+    the denoiser clips it onto it. The best prediction within [-1, 1] stays the mean.
     """
     prediction = network(add_noise(schedule, x0, t, noise), t, labels).float()
     error = prediction - target(schedule, x0, t, noise)
@@ -155,23 +154,6 @@ def stratified_timesteps(timesteps: int, batch_size: int, offset: Tensor) -> Ten
     """
     u = (torch.arange(batch_size, device=offset.device) + offset) / batch_size
     return (u * timesteps).long().clamp(max=timesteps - 1) + 1
-
-
-def fine_timesteps(schedule: NoiseSchedule, last: int, batch_size: int, offset: Tensor) -> Tensor:
-    """t int64 [B] in 1..last, evenly spaced in log-SNR from one random offset in [0, 1); t = 1 as often as t = 2.
-
-    There the bits of the bound lie evenly, as the network knows hardly more than the pixel itself.
-    """
-    u = (torch.arange(batch_size, device=offset.device) + offset) / batch_size
-    return torch.searchsorted(_on_device(_fine_edges(schedule, last), offset.device), u, right=True).clamp(max=last - 1) + 1
-
-
-@lru_cache(maxsize=8)
-def _fine_edges(schedule: NoiseSchedule, last: int) -> Tensor:
-    """Upper edges of t = 1..last in [0, 1], float64 [last]."""
-    steps = -schedule.snr[1:last + 1].log().diff()
-    steps = torch.cat([steps[:1] if last > 1 else torch.ones(1, dtype=torch.float64), steps])
-    return steps.cumsum(0) / steps.sum()
 
 
 def make_denoiser(network: Network, schedule: NoiseSchedule, labels: Tensor, guidance: float = 1.0) -> Denoiser:

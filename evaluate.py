@@ -16,24 +16,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import checkpoint
 import config as configs
-import metrics
-import plots
-import sample
 from config import Config, SampleConfig, UserError
-from dataset import Digits, load_shared, resolve
-from diffusion import NO_LABEL, make_denoiser
-from runtime import Runtime, generator, to_uint8
-from sample import Trained
-from samplers import SAMPLERS
+from dataset import Digits, data_folder, load_shared, resolve
+from drawing import Order, Trained, announce, choose_labels, draw, guided, load_trained, origin
+from likelihood import Likelihood, bound, bound_images
+from samplers import SAMPLERS, spaced_timesteps
+from support import metrics, plots
+from support.files import make_folder, write_atomically
+from support.runtime import Clock, Runtime, generator, to_uint8
 
-FLOOR_STREAM = 7  # of random numbers; see train.py, sample.py and metrics.py for 1 to 6
+FLOOR_STREAM = 7  # of random numbers; see train.py, drawing.py and likelihood.py for others
 FEWEST = 200  # images, below which the features' covariance says nothing
 SWEEP_STEPS = (5, 8, 10, 15, 25, 50)
 SWEEP_IMAGES = 2000
-BOUND_IMAGES = 2000  # test images in the likelihood bound, from all over the set, whose first half is the easier one
-CALIBRATION_IMAGES = 1000  # training images on which the reverse process's variances are chosen
 PAIRS = 8  # in neighbours.png
 
 # Key, heading, format, and whether a ratio to the floor means something.
@@ -61,18 +57,19 @@ def run(config: Config, runtime: Runtime) -> None:
     count = config.sample.num_images or (SWEEP_IMAGES if config.evaluate.sweep else 10_000)
     if count < FEWEST:
         raise UserError(f"--num-images {count}: the measures need at least {FEWEST} images; draw more")
-    clock, name = sample.Clock(runtime), configs.run_name(config)
+    clock, name = Clock(runtime), configs.run_name(config)
     extractor = metrics.load_extractor()
-    trained = sample.load_trained(config, runtime)
-    config = replace(config, sample=sample.guided(config.sample, trained, runtime))
+    trained = load_trained(config, runtime)
+    config = replace(config, sample=guided(config.sample, trained, runtime))
     if not config.evaluate.sweep:
-        sample.spaced_timesteps(trained.schedule.timesteps, config.sample.steps)  # an impossible number is answered now
+        spaced_timesteps(trained.schedule.timesteps, config.sample.steps)  # an impossible number is answered now
     config = resolve(config, runtime)
     train, test = load_shared(config, "train", runtime), load_shared(config, "test", runtime)
     if min(len(train), len(test)) < FEWEST:
-        raise UserError(f"{config.data_dir}: {min(len(train), len(test))} real images are too few to compare with; at least {FEWEST} are needed")
-    folder = sample.make_folder(Path("results") / name)
-    sample.announce(trained, config, runtime)
+        raise UserError(f"{data_folder(config)}: {min(len(train), len(test))} real images are too few to compare with; at "
+                        f"least {FEWEST} are needed")
+    folder = make_folder(Path("results") / name)
+    announce(trained, config, runtime)
     if trained.data.get("name") != config.dataset:
         runtime.say(f"note: this checkpoint was trained on {trained.data.get('name')}, and is compared with {config.dataset}.")
     clock.lap("load")
@@ -126,15 +123,15 @@ def measure(images: Tensor, reference: Reference, asked: Tensor | None = None, q
 
 
 def measure_all(trained: Trained, config: Config, reference: Reference | None, count: int, folder: Path, runtime: Runtime,
-                clock: sample.Clock) -> list[Path]:
+                clock: Clock) -> list[Path]:
     """The table of the model and its control rows, the bound, metrics.json, evaluation.png and neighbours.png."""
     options = config.sample
     rows: list[dict[str, Any]] = []
     drawn: Tensor | None = None
     for seed in range(config.seed, config.seed + config.evaluate.seeds):
-        labels = sample.choose_labels(options.digits, seed, range(count))
+        labels = choose_labels(options.digits, seed, range(count))
         began = time.perf_counter()
-        x = sample.draw(trained.network, trained.schedule, options, seed, range(count), labels, runtime, progress=True)
+        x = draw(trained, Order(options, seed, range(count), labels), runtime, progress=True)
         seconds = time.perf_counter() - began
         clock.lap(f"draw {count}")
         if reference is not None:
@@ -146,31 +143,39 @@ def measure_all(trained: Trained, config: Config, reference: Reference | None, c
         return []
     controls = control_rows(reference, count, config.seed)
     clock.lap("measure controls")
-    bound = likelihood(trained, reference, runtime)
-    clock.lap("bound")
+    likelihood = None
+    if config.evaluate.bound:
+        likelihood = bound(trained, reference.train, reference.test, runtime)
+        clock.lap("bound")
 
     average = {key: mean([row[key] for row in rows]) for key, *_ in COLUMNS if key in rows[0]}
     spread = {key: deviation([row[key] for row in rows]) for key in average} if len(rows) > 1 else {}
     print(table(average, spread, controls, count))
-    print(explain(rows[0], bound, reference))
-    origin = sample.metadata(trained, options, config.seed)
+    print(explain(rows[0], likelihood, reference))
+    source = origin(trained, Order(options, config.seed, [], torch.tensor([])))
     public = [{key: value for key, value in row.items() if not key.startswith("_")} for row in rows]
-    report = {"drawn_with": origin, "images": count, "extractor": reference.extractor.digest, "mean": average, "spread": spread,
+    report: dict[str, Any] = {"drawn_with": source, "images": count, "extractor": reference.extractor.digest, "mean": average, "spread": spread,
               "seeds": public, "controls": {name: {k: v for k, v in row.items() if not k.startswith("_")} for name, row in controls.items()},
               "ratio_to_floor": {key: average[key] / controls["floor"][key] for key, _, _, ratio in COLUMNS
-                                 if ratio and key in average and controls["floor"].get(key)},
-              "bound": asdict(bound) | {"by_timestep": {str(t): value for t, value in bound.by_timestep.items()}}}
+                                 if ratio and key in average and controls["floor"].get(key)}}
+    if likelihood is not None:
+        report["bound"] = asdict(likelihood) | {"by_timestep": {str(t): v for t, v in likelihood.by_timestep.items()}}
     text = json.dumps(report, indent=1)
-    checkpoint.write_atomically(folder / "metrics.json", lambda file: file.write(text.encode()))
-    plots.save_evaluation(folder / "evaluation.png", {
-        "histogram": {"model": rows[0]["histogram"], "test": metrics.class_histogram(reference.test_features.probabilities).tolist()},
-        "by_timestep": {"t": list(bound.by_timestep), "bits": list(bound.by_timestep.values())},
-        "manifold": {"model": average, "real (floor)": controls["floor"], "noise": controls["noise"]},
-        "distances": {"model": rows[0]["_pixels"][0].numpy(), "test": reference.test_distances["pixels"].numpy()}}, origin)
+    write_atomically(folder / "metrics.json", lambda file: file.write(text.encode()))
+    floor = controls["floor"]
+    ratios = {"all": (average["frechet"] / floor["frechet"], None), "texture": (average["texture"] / floor["texture"], None)}
+    pictured: dict[str, Any] = {
+        "histogram": {"model": rows[0]["histogram"], "asked": torch.bincount(labels, minlength=11)[:10].tolist()},
+        "distances_over_floor": ratios,
+        "manifold": {"model": average, "real (floor)": floor, "noise": controls["noise"]},
+        "neighbours": {"model": rows[0]["_pixels"][0].numpy(), "test": reference.test_distances["pixels"].numpy()}}
+    if likelihood is not None:
+        pictured["by_timestep"] = {"t": list(likelihood.by_timestep), "bits": list(likelihood.by_timestep.values())}
+    plots.save_evaluation(folder / "evaluation.png", pictured, source)
     distances, indices = rows[0]["_pixels"]
     closest = distances.argsort()[:PAIRS]
     plots.save_neighbours(folder / "neighbours.png", drawn[closest], reference.train.images[indices[closest]],
-                          distances[closest].tolist(), origin)
+                          distances[closest].tolist(), source)
     runtime.barrier()
     return [folder / name for name in ("metrics.json", "evaluation.png", "neighbours.png")]
 
@@ -186,22 +191,6 @@ def control_rows(reference: Reference, count: int, seed: int, quick: bool = Fals
         for space, distances in reference.test_distances.items():
             floor[f"nearest_{space}"] = distances.median().item()  # of test images instead
     return rows
-
-
-def likelihood(trained: Trained, reference: Reference, runtime: Runtime) -> metrics.Likelihood:
-    """The bound without labels, so that it compares with published values, its variances calibrated on training images."""
-    batch = 100
-    denoise = make_denoiser(trained.network, trained.schedule, torch.full((batch,), NO_LABEL, device=runtime.device))
-    with torch.inference_mode(), runtime.autocast():
-        uncertainty = metrics.calibrate(denoise, trained.schedule, reference.train.images[:CALIBRATION_IMAGES], batch,
-                                        device=runtime.device, progress=True)
-        return metrics.bits_per_dim(denoise, trained.schedule, bound_images(reference.test), batch=batch, device=runtime.device,
-                                    progress=True, uncertainty=uncertainty)
-
-
-def bound_images(test: Digits) -> Tensor:
-    """At most BOUND_IMAGES, evenly spread over the test set."""
-    return test.images[::math.ceil(len(test) / BOUND_IMAGES)]
 
 
 def table(average: dict[str, float], spread: dict[str, float], controls: dict[str, dict[str, Any]], count: int) -> str:
@@ -220,17 +209,21 @@ def table(average: dict[str, float], spread: dict[str, float], controls: dict[st
                      for line in lines)
 
 
-def explain(row: dict[str, Any], bound: metrics.Likelihood, reference: Reference) -> str:
+def explain(row: dict[str, Any], likelihood: Likelihood | None, reference: Reference) -> str:
     pixels, features = row["memorisation_pixels"], row["memorisation_features"]
-    return (
-        f"Bound: {bound.bits_per_dim:.3f} ± {bound.standard_error:.3f} bits/dim on {len(bound_images(reference.test)):,} test images "
-        f"(L_T {bound.L_T:.5f} + KL {bound.L_kl:.3f} + L_0 {bound.L_0:.3f}): an upper bound, for 8-bit 28x28 images, unpadded, without "
-        f"labels;\n  the variances of the reverse process were chosen on training images.\n"
+    said = (
         f"Memorisation: median distance to the nearest training image {pixels['ratio']:.2f}x that of test images in pixels, "
-        f"{features['ratio']:.2f}x in features;\n  closer than the closest 1% of test images: {pixels['share_closer']:.2%} and "
-        f"{features['share_closer']:.2%} (1% is what unseen real digits give).\n"
+        f"{features['ratio']:.2f}x in features;\n  closer than the closest 1% of test images: {pixels['share_closer']:.2%} "
+        f"and {features['share_closer']:.2%} (1% is what unseen real digits give).\n"
         f"Class histogram against what was asked: chi-square(9) = {row['chi_square']:.1f}, p = {row['chi_square_p']:.3f}. "
         f"Extractor {reference.extractor.digest}.")
+    if likelihood is None:
+        return said
+    return (
+        f"Bound: {likelihood.bits_per_dim:.3f} ± {likelihood.standard_error:.3f} bits/dim on "
+        f"{len(bound_images(reference.test)):,} test images (L_T {likelihood.L_T:.5f} + KL {likelihood.L_kl:.3f} + L_0 "
+        f"{likelihood.L_0:.3f}): an upper bound, for 8-bit 28x28 images, unpadded, without labels;\n"
+        f"  the variances of the reverse process were chosen on training images.\n{said}")
 
 
 def sweep(trained: Trained, config: Config, reference: Reference | None, count: int, folder: Path, runtime: Runtime) -> list[Path]:
@@ -239,7 +232,7 @@ def sweep(trained: Trained, config: Config, reference: Reference | None, count: 
     plan = [(sampler, steps) for sampler in SAMPLERS for steps in SWEEP_STEPS if steps < longest]
     plan.append(("ddpm", longest))
     indices = range(count)
-    labels = sample.choose_labels(config.sample.digits, config.seed, indices)
+    labels = choose_labels(config.sample.digits, config.seed, indices)
     floor = control_rows(reference, count, config.seed, quick=True)["floor"] if reference is not None else {}
     cells: dict[tuple[str, int], Tensor] = {}
     seconds: dict[tuple[str, int], float] = {}
@@ -248,7 +241,7 @@ def sweep(trained: Trained, config: Config, reference: Reference | None, count: 
     for sampler, steps in plan:
         options = SampleConfig(sampler=sampler, steps=steps, guidance=config.sample.guidance)  # type: ignore[arg-type]
         began = time.perf_counter()
-        x = sample.draw(trained.network, trained.schedule, options, config.seed, indices, labels, runtime, progress=True)
+        x = draw(trained, Order(options, config.seed, indices, labels), runtime, progress=True)
         took = (time.perf_counter() - began) * 256 / count
         if reference is None:
             continue
@@ -266,8 +259,8 @@ def sweep(trained: Trained, config: Config, reference: Reference | None, count: 
         writer = csv.DictWriter(text, lines[0])
         writer.writeheader()
         writer.writerows(lines)
-        checkpoint.write_atomically(folder / "sweep.csv", lambda file: file.write(text.getvalue().encode()))
-        plots.save_sweep(folder / "sweep.png", cells, seconds, quality, sample.metadata(trained, config.sample, config.seed))
+        write_atomically(folder / "sweep.csv", lambda file: file.write(text.getvalue().encode()))
+        plots.save_sweep(folder / "sweep.png", cells, seconds, quality, origin(trained, Order(config.sample, config.seed, [], labels)))
     runtime.barrier()
     return [folder / "sweep.png", folder / "sweep.csv"]
 

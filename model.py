@@ -2,21 +2,17 @@
 
 Residual blocks at 28, 14 and 7 pixels, each told time and digit by a scale and a shift of its normalised
 activations; self-attention where the config asks for it; what each block made on the way down is added to the input
-of its twin on the way up. On request a small network of its own takes the lowest noise levels. Knows no schedule, no
-loss and no sampler.
+of its twin on the way up. Knows no schedule, no loss and no sampler.
 """
 
 import math
-from dataclasses import replace
 from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from config import RESOLUTIONS, ModelConfig
-
-NO_LABEL = 10
+from config import NO_LABEL, RESOLUTIONS, ModelConfig
 
 
 class ResidualBlock(nn.Module):
@@ -70,60 +66,11 @@ class Stage(nn.Module):
         return self.attention(self.block(x, embedding))
 
 
-class Refiner(nn.Module):
-    """Residual blocks at full resolution for the lowest noise levels, where what counts is a few of 256 levels of grey.
-
-    MNIST repeats itself exactly: a stroke's inside is one grey, and a straight edge the same grey all along. To see
-    that through a noise of a few levels, it is given sines of each pixel (Fourier features, arXiv 2107.00630) and the
-    differences between neighbours, in a window as wide as the noise; how strong and how wide, it learns from t. A
-    network for a part of the noise levels is an expert denoiser (2211.01324). Knows no digits: by then they are drawn.
-
-    forward(x [B, 1, 28, 28], t [B]) -> [B, 1, 28, 28], as the U-Net's.
-    """
-
-    channels, blocks = 32, 3
-    octaves = (2, 3, 4, 5, 6)  # periods of 64 down to 4 levels of grey
-    neighbours = ((0, 1), (1, 0), (0, -1), (-1, 0))
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        width, channels = config.embedding, self.channels
-        inner = replace(config, groups=math.gcd(config.groups, channels))
-        self.time = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
-        self.scale = nn.Linear(width, 1)
-        self.gate = nn.Linear(width, len(self.octaves))
-        nn.init.zeros_(self.scale.weight)
-        nn.init.constant_(self.scale.bias, math.log(30))  # in units of one over the noise
-        features = 1 + 2 * len(self.octaves) + 2 * len(self.neighbours)
-        self.stem = nn.Conv2d(features, channels, 3, padding=1)
-        self.body = nn.ModuleList(ResidualBlock(channels, inner) for _ in range(self.blocks))
-        self.norm = nn.GroupNorm(inner.groups, channels)
-        self.head = zeroed(nn.Conv2d(channels, 1, 3, padding=1))
-
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        embedding = F.silu(self.time(time_features(t, self.scale.in_features).to(x.dtype)))  # [B, width]
-        h = self.stem(self.features(x, embedding))  # [B, C, 28, 28]
-        for block in self.body:
-            h = block(h, embedding)
-        return self.head(F.silu(self.norm(h)))
-
-    def features(self, x: Tensor, embedding: Tensor) -> Tensor:
-        """x [B, 1, H, W] -> [B, features, H, W]: itself, its sines and cosines, and how it differs from its neighbours."""
-        scale, gate = self.scale(embedding).exp()[:, :, None, None], self.gate(embedding).sigmoid()[:, :, None, None]
-        angles = torch.cat([x * (2**octave * math.pi) for octave in self.octaves], dim=1)
-        padded = F.pad(x, (1, 1, 1, 1), mode="replicate")
-        height, width = x.shape[2:]
-        shifted = [padded[:, :, 1 + i:1 + i + height, 1 + j:1 + j + width] for i, j in self.neighbours]
-        difference = (torch.cat(shifted, dim=1) - x) * scale
-        alike = (-difference.square() / 8).exp()
-        return torch.cat([x, gate * angles.sin(), gate * angles.cos(), difference * alike, alike], dim=1)
-
-
 class UNet(nn.Module):
     """Predicts noise, x0 or v, as it was trained to.
 
     Skips are added, not concatenated, and the way up has no 3x3 convolution outside its blocks, since the stage at 28
-    pixels takes far more of the time than of the operations. Noise levels up to config.refiner go to a Refiner.
+    pixels takes far more of the time than of the operations.
 
     forward(x [B, 1, 28, 28] in [-1, 1] plus noise, t [B] in 1..T, label int64 [B]) -> [B, 1, 28, 28]; label 10 means
     "no label". U-Net: arXiv 1505.04597; for diffusion: 2006.11239, appendix B.
@@ -149,23 +96,8 @@ class UNet(nn.Module):
 
         self.norm = nn.GroupNorm(config.groups, channels[0])
         self.head = zeroed(nn.Conv2d(channels[0], 1, 3, padding=1))
-        self.refined = config.refiner
-        if config.refiner:
-            self.refiner = Refiner(config)
 
     def forward(self, x: Tensor, t: Tensor, label: Tensor) -> Tensor:
-        if not self.refined:
-            return self.coarse(x, t, label)
-        fine = t <= self.refined
-        if not fine.any():
-            return self.coarse(x, t, label)
-        if fine.all():
-            return self.refiner(x, t)
-        coarse, refined = self.coarse(x[~fine], t[~fine], label[~fine]), self.refiner(x[fine], t[fine])
-        return torch.empty_like(x, dtype=coarse.dtype).index_put((~fine,), coarse).index_put((fine,), refined)
-
-    def coarse(self, x: Tensor, t: Tensor, label: Tensor) -> Tensor:
-        """The U-Net itself, whatever t is."""
         width = self.label.embedding_dim
         embedding = F.silu(self.time(time_features(t, width).to(x.dtype)) + self.label(label))  # [B, width]
         x = self.stem(x)  # [B, C28, 28, 28]
@@ -204,9 +136,9 @@ def count_parameters(network: nn.Module) -> int:
 
 
 def gflop_per_image(config: ModelConfig) -> float:
-    """10^9 floating-point operations of one forward of one image above the refiner, a multiply-add counted as two."""
+    """10^9 floating-point operations of one forward of one image, a multiply-add counted as two."""
     from torch.utils.flop_counter import FlopCounterMode
 
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        UNet(replace(config, refiner=0))(torch.empty(1, 1, 28, 28), torch.empty(1), torch.empty(1, dtype=torch.long))
+        UNet(config)(torch.empty(1, 1, 28, 28), torch.empty(1), torch.empty(1, dtype=torch.long))
     return counter.get_total_flops() / 1e9

@@ -107,11 +107,11 @@ def unipc(denoise: Denoiser, schedule: NoiseSchedule, x: Tensor, timesteps: Sequ
 
 def _unified_step(schedule: NoiseSchedule, x: Tensor, history: list[tuple[int, Tensor]], s: int,
                   end: Tensor | None = None) -> Tensor:
-    """From the newest t in history to s, with x0_hat a polynomial in log-SNR through history, and `end` at s if given."""
+    """From history's newest t to s, with x0_hat a polynomial in log-SNR through history, and `end` at s if given."""
     t, x0_hat = history[-1]
     h = _log_snr_step(schedule, t, s)
     first_order = _exponential_step(schedule, x, x0_hat, t, s)
-    nodes = [(-_log_snr_step(schedule, u, t) / h, value) for u, value in history[:-1]]  # (position in steps of h, x0_hat)
+    nodes = [(-_log_snr_step(schedule, u, t) / h, value) for u, value in history[:-1]]  # (position in h, x0_hat)
     nodes = [(position, value) for position, value in nodes if math.isfinite(position)]
     if end is not None:
         nodes.append((1.0, end))
@@ -119,7 +119,7 @@ def _unified_step(schedule: NoiseSchedule, x: Tensor, history: list[tuple[int, T
         return first_order
     positions = torch.tensor([position for position, _ in nodes], dtype=torch.float64)
     powers = torch.arange(len(nodes), dtype=torch.float64)
-    weights = torch.linalg.solve(positions ** powers[:, None], _moments(-h, len(nodes)))  # exact, also where they take 0.5
+    weights = torch.linalg.solve(positions ** powers[:, None], _moments(-h, len(nodes)))
     bend = sum(weight / position * (value - x0_hat) for weight, (position, value) in zip(weights.tolist(), nodes))
     return first_order - schedule.alpha[s].item() * math.expm1(-h) * bend
 
@@ -132,7 +132,8 @@ def _moments(z: float, count: int) -> Tensor:
     return torch.tensor([math.factorial(i) * phi[i] / phi[0] for i in range(1, count + 1)], dtype=torch.float64)
 
 
-def _extrapolated(schedule: NoiseSchedule, x0_hat: Tensor, previous: tuple[int, Tensor] | None, t: int, s: int) -> Tensor:
+def _extrapolated(schedule: NoiseSchedule, x0_hat: Tensor, previous: tuple[int, Tensor] | None, t: int,
+                  s: int) -> Tensor:
     """x0_hat continued along a line in log-SNR from the previous (t, x0_hat) to the middle of the step from t to s."""
     if previous is None or s == 0:
         return x0_hat
@@ -152,4 +153,5 @@ def _exponential_step(schedule: NoiseSchedule, x: Tensor, x0_hat: Tensor, t: int
     return shrink * x + (schedule.alpha[s].item() - schedule.alpha[t].item() * shrink) * x0_hat
 
 
-SAMPLERS: dict[str, Callable[..., Steps]] = {"ddpm": ddpm, "ddim": ddim, "dpmpp": dpmpp, "dpmpp-sde": dpmpp_sde, "unipc": unipc}
+SAMPLERS: dict[str, Callable[..., Steps]] = {
+    "ddpm": ddpm, "ddim": ddim, "dpmpp": dpmpp, "dpmpp-sde": dpmpp_sde, "unipc": unipc}

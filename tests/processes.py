@@ -20,7 +20,7 @@ from unittest import mock
 
 import torch
 
-import checkpoint
+from support import checkpoint
 from tests.conftest import ROOT
 
 PRELOADED = ["run", "train", "evaluate", "torch._dynamo", "matplotlib.figure", "matplotlib.backends.backend_agg"]
@@ -124,7 +124,7 @@ def wait_for(condition: Callable[[], Any], seconds: float = 200, pause: float = 
 
 def learned(folder: Path, name: str = "idx") -> dict[str, Any]:
     """What must be the same after a run, however often it was interrupted: all but the times."""
-    state = checkpoint.load(folder / "checkpoints" / name / "last.pt")
+    state = checkpoint.load(folder / "checkpoints" / name / "last.safetensors")
     results = folder / "results" / name
     rows = [{key: value for key, value in row.items() if key != "seconds"} for row in csv.DictReader((results / "metrics.csv").open())]
     flat = {f"{group}.{key}": value for group in ("model", "ema") for key, value in state[group].items()}

@@ -1,10 +1,12 @@
 """The command line: bad input gets one line and status 2, at once; --help lists every field; defaults can be edited."""
 
 import dataclasses
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -41,20 +43,15 @@ BAD_FLAGS = [
     (["--ema", "1"], "--ema 1"),
     (["--ema", "-0.1"], "--ema -0.1"),
     (["--label-dropout", "1.1"], "--label-dropout 1.1"),
-    (["--refiner", "-1"], "--refiner -1"),
-    (["--refiner", "1000"], "--refiner 1000"),
-    (["--refiner", "40", "--refiner-share", "0"], "--refiner-share 0"),
-    (["--refiner", "40", "--refiner-share", "1.1"], "--refiner-share 1.1"),
-    (["--refiner-share", "0.3"], "there is no refiner"),
     (["--optimizer", "sgd"], "--optimizer"),
     (["--preview", "-1"], "--preview -1"),
     (["--channels", "0", "32", "64"], "--channels 0 32 64"),
-    (["--channels", "16", "32"], "--channels 16 32"),
+    (["--channels", "16", "32"], "--channels"),
     (["--channels", "16", "30", "64"], "GroupNorm"),
     (["--channels", "a", "b", "c"], "--channels"),
     (["--blocks", "0", "1", "1"], "--blocks 0 1 1"),
-    (["--blocks", "1"], "--blocks 1"),
-    (["--attention", "8"], "--attention 8"),
+    (["--blocks", "1"], "--blocks"),
+    (["--attention", "8"], "--attention"),
     (["--embedding", "0"], "--embedding 0"),
     (["--embedding", "33"], "--embedding 33"),
     (["--groups", "0"], "--groups 0"),
@@ -91,6 +88,8 @@ BAD_FLAGS = [
     (["--name", ".."], "--name .."),
     (["--name", ""], "--name"),
     (["--name", "a" * 101], "--name"),
+    (["--name", "pretrained"], "--name pretrained"),
+    (["--grad-clip", "nan"], "--grad-clip nan"),
     (["--device", "tpu"], "--device tpu"),
     (["--device", "cuda:x"], "--device cuda:x"),
     (["--precision", "fp8"], "--precision"),
@@ -144,30 +143,66 @@ def test_flags_override_defaults_and_keep_the_rest() -> None:
     assert config.train == Config().train
 
 
-def test_an_edited_default_is_checked_too() -> None:
-    for edited in (dataclasses.replace(Config(), mode="sampel"), dataclasses.replace(Config(), seed="0"),
-                   dataclasses.replace(Config(), model=dataclasses.replace(Config().model, channels=[16, 32, 64]))):
-        with pytest.raises(UserError):
-            configs.validate(edited)
+@pytest.mark.parametrize("group, field, value", [
+    (None, "mode", "sampel"), (None, "seed", "0"), (None, "seed", True), (None, "name", 3), (None, "model", 3),
+    ("model", "channels", (16, 32)), ("model", "channels", (16, 32, 64, 96)), ("model", "channels", (16, 32.5, 96)),
+    ("model", "channels", 16), ("model", "attention", (8,)), ("train", "lr", float("nan")), ("train", "lr", "0.1"),
+    ("train", "epochs", 1.5), ("train", "fresh", 1), ("train", "minutes", True), ("diffusion", "schedule", None),
+    ("sample", "steps", None), ("sample", "guidance", -1.0), ("sample", "checkpoint", 7)])
+def test_an_edited_default_is_checked_too(group: str | None, field: str, value: Any) -> None:
+    config = Config()
+    edited = dataclasses.replace(config, **(
+        {field: value} if group is None else {group: dataclasses.replace(getattr(config, group), **{field: value})}))
+    with pytest.raises(UserError, match=f"^--{field} "):
+        configs.validate(edited)
 
 
-def test_config_survives_the_checkpoint_form() -> None:
-    config = configs.parse(["--minutes", "3", "--checkpoint", "a/b.pt", "--attention", "14", "7"])
-    assert configs.from_dict(Config, configs.to_dict(config)) == config
+def test_defaults_that_are_edited_well_are_taken() -> None:
+    edited = dataclasses.replace(Config(), data_dir=Path("a b/é"), train=dataclasses.replace(
+        Config().train, grad_clip=float("inf"), minutes=3, lr=1))
+    assert configs.validate(edited) == edited
 
 
-@pytest.mark.parametrize("damage", [lambda d: d.pop("seed"), lambda d: d.update(extra=1), lambda d: d.update(seed="0"),
-                                    lambda d: d["model"].update(channels="all"), lambda d: d.update(model=3)])
-def test_a_damaged_stored_config_is_named(damage) -> None:
-    stored = configs.to_dict(Config())
+def test_what_a_checkpoint_keeps_survives() -> None:
+    config = configs.parse(["--minutes", "3", "--checkpoint", "a/b.safetensors", "--attention", "14", "7", "--grad-clip",
+                            "inf", "--dataset", "idx", "--steps", "7"])
+    again, lacking = configs.from_stored(json.loads(json.dumps(configs.stored(config))))
+    assert not lacking and again.sample == Config().sample  # how was drawn is not kept
+    assert dataclasses.replace(again, sample=config.sample) == config
+
+
+def test_knobs_that_are_newer_than_a_checkpoint_have_their_defaults() -> None:
+    stored = configs.stored(configs.parse(["--embedding", "64", "--lr", "0.1"]))
+    for group, name in (("model", "dropout"), ("train", "ema")):
+        del stored[group][name]
+    del stored["seed"]
+    config, lacking = configs.from_stored(stored)
+    assert sorted(lacking) == ["dropout", "ema", "seed"]
+    assert config.model == dataclasses.replace(Config().model, embedding=64) and config.train.lr == 0.1
+
+
+@pytest.mark.parametrize("damage, said", [
+    (lambda d: d.update(extra=1), "extra"), (lambda d: d["model"].update(refiner=40), "refiner"),
+    (lambda d: d.update(seed="0"), "--seed 0"), (lambda d: d["model"].update(channels="all"), "--channels all"),
+    (lambda d: d.update(model=3), "not as this project stores"), (lambda d: d["train"].update(lr=-1), "--lr -1")])
+def test_a_damaged_stored_config_is_named(damage, said: str) -> None:
+    stored = configs.stored(Config())
     damage(stored)
-    with pytest.raises(UserError):
-        configs.from_dict(Config, stored)
+    with pytest.raises(UserError, match=said):
+        configs.from_stored(stored)
+
+
+def test_differences_are_those_that_matter() -> None:
+    base = configs.parse([])
+    assert configs.differences(base, configs.parse(["--minutes", "3", "--fresh", "--name", "x", "--steps", "3"])) == []
+    assert configs.differences(base, configs.parse(["--lr", "0.1", "--blocks", "1", "1", "2"])) == [
+        "blocks was [1, 1, 1], now [1, 1, 2]", "lr was 0.002, now 0.1"]
 
 
 @pytest.mark.parametrize("mode", ["sample", "evaluate"])
 @pytest.mark.parametrize("flags, said", [
-    (["--checkpoint", "missing.pt"], "missing.pt"), (["--checkpoint", "."], "."), (["--name", "nobody"], "nobody"),
+    (["--checkpoint", "missing.safetensors"], "missing.safetensors"), (["--checkpoint", "old.pt"], "first version"),
+    (["--checkpoint", "."], "."),
     (["--device", "cuda:99"], "cuda:99"), (["--num-images", "10", "--mode", "evaluate"], "--num-images 10")])
 def test_what_is_not_there_is_named(mode: str, flags: list[str], said: str, own_folder: Path, capsys) -> None:
     assert main(["--mode", mode, *flags]) == 2

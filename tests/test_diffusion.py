@@ -13,7 +13,6 @@ from diffusion import (
     NoiseSchedule,
     add_noise,
     diffusion_loss,
-    fine_timesteps,
     loss_weights,
     make_denoiser,
     make_schedule,
@@ -385,23 +384,6 @@ def test_stratified_timesteps_are_uniform_over_offsets():
         counts += torch.bincount(t, minlength=timesteps + 1)
     assert counts[0] == 0
     torch.testing.assert_close(counts[1:] / counts.sum(), torch.full((timesteps,), 0.1), rtol=2e-3, atol=0)
-
-
-@pytest.mark.parametrize("last, batch_size", [(40, 64), (1, 8), (2, 5), (300, 32)])
-def test_fine_timesteps_lie_evenly_in_log_snr(last, batch_size):
-    schedule, offsets = schedule_of(), 4000
-    counts = torch.zeros(last + 1)
-    for i in range(offsets):
-        t = fine_timesteps(schedule, last, batch_size, torch.tensor((i + 0.5) / offsets))
-        assert t.shape == (batch_size,) and t.dtype == torch.int64 and t.min() >= 1 and t.max() <= last
-        counts += torch.bincount(t, minlength=last + 1)
-    assert counts[0] == 0
-    expected = (schedule.snr[1:last] / schedule.snr[2:last + 1]).log().float()  # of t = 2..last
-    expected = torch.cat([expected[:1], expected]) if last > 1 else torch.ones(1)
-    torch.testing.assert_close(counts[1:] / counts.sum(), expected / expected.sum(), rtol=0.02, atol=1e-4)
-
-
-# The denoiser
 
 
 class Recorder:

@@ -13,14 +13,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import checkpoint
 from run import main
+from support import checkpoint
 from tests.conftest import ROOT, TINY
 from tests.processes import assert_close, assert_same, learned, nothing, start, start_ranks, wait_for
 
 RUN = ["--dataset", "idx", "--batch-size", "32", "--epochs", "2", "--timesteps", "100", "--preview", "4", "--device", "cpu", *TINY]
 DRAW = ["--steps", "3", "--num-images", "16"]
-OFTEN = {"train.SAVE_SECONDS": 0.0, "plots.save_losses": nothing}  # a save after every step, so that some kills fall into one
+OFTEN = {"train.SAVE_SECONDS": 0.0, "support.plots.save_losses": nothing}  # a save after every step, so that some kills fall into one
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 
@@ -53,7 +53,7 @@ def test_training_writes_its_pictures_and_says_where(uninterrupted: Done) -> Non
         assert (folder / "results/idx" / name).stat().st_size > 100
         assert f"results/idx/{name}" in output
     assert "M parameters" in output and "GFLOP per image" in output
-    state = checkpoint.load(folder / "checkpoints/idx/last.pt")
+    state = checkpoint.load(folder / "checkpoints/idx/last.safetensors")
     assert set(state) == {"config", "model", "ema", "optimizer", "step", "history", "version", "digest"}
     assert state["step"] == 16  # 2 epochs of 256 images, 32 in a batch
     rows = list(csv.DictReader((folder / "results/idx/metrics.csv").open()))
@@ -67,7 +67,7 @@ def test_samples_have_their_convention_and_origin(there: Path, capsys: pytest.Ca
     assert arrays["arr_0"].shape == (16, 28, 28, 1) and arrays["arr_0"].dtype == np.uint8
     assert arrays["arr_1"].tolist() == [3, 7] * 8
     text = Image.open(there / "results/idx/sample.png").text
-    weights = checkpoint.weights_digest(checkpoint.load(there / "checkpoints/idx/last.pt")["ema"])
+    weights = checkpoint.weights_digest(checkpoint.load(there / "checkpoints/idx/last.safetensors")["ema"])
     assert text["weights"] == weights and text["seed"] == "5" and text["sampler"] == "ddim" and text["steps"] == "3"
     assert "Time:" in capsys.readouterr().out
 
@@ -85,16 +85,16 @@ def test_more_steps_than_noise_levels(there: Path, capsys: pytest.CaptureFixture
 
 
 def test_a_finished_run_says_what_to_do(there: Path, idx_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    before = (there / "checkpoints/idx/last.pt").read_bytes()
+    before = (there / "checkpoints/idx/last.safetensors").read_bytes()
     for epochs in ("2", "1"):
         assert main([*RUN, *DRAW, "--data-dir", str(idx_folder), "--epochs", epochs]) == 0
         output = capsys.readouterr().out
         assert "finished" in output and "--fresh" in output and "larger --epochs" in output
-    assert (there / "checkpoints/idx/last.pt").read_bytes() == before
+    assert (there / "checkpoints/idx/last.safetensors").read_bytes() == before
 
 
 def test_changed_settings_are_listed_and_nothing_happens(there: Path, idx_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    before = (there / "checkpoints/idx/last.pt").read_bytes()
+    before = (there / "checkpoints/idx/last.safetensors").read_bytes()
     assert main([*RUN, "--data-dir", str(idx_folder), "--epochs", "9", "--lr", "0.5", "--seed", "9", "--precision", "fp32",
                  "--blocks", "1", "1", "2", "--schedule", "linear"]) == 2
     errors = capsys.readouterr().err
@@ -102,14 +102,14 @@ def test_changed_settings_are_listed_and_nothing_happens(there: Path, idx_folder
                  "blocks was [1, 1, 1], now [1, 1, 2]"):
         assert said in errors
     assert "epochs was" not in errors and len(errors.strip().splitlines()) == 1
-    assert (there / "checkpoints/idx/last.pt").read_bytes() == before
+    assert (there / "checkpoints/idx/last.safetensors").read_bytes() == before
 
 
 def test_killed_runs_continue_bit_for_bit(uninterrupted: Done, idx_folder: Path, tmp_path: Path) -> None:
     """kill -9 inside a save, between two, and while drawing; benchmarks/stress.py does the same a few dozen times."""
     flags = [*RUN, *DRAW, "--data-dir", str(idx_folder)]
     checkpoints, results = tmp_path / "checkpoints/idx", tmp_path / "results/idx"
-    moments = [lambda: list(checkpoints.glob(".last.pt.*.part")), lambda: (results / "preview-0000004.png").exists(),
+    moments = [lambda: list(checkpoints.glob(".last.safetensors.*.part")), lambda: (results / "preview-0000004.png").exists(),
                lambda: (results / "sample.png").exists()]
     for moment in moments:
         program = start(tmp_path, *flags, changes=OFTEN)
@@ -128,17 +128,17 @@ def test_ctrl_c_saves_and_says_how_to_go_on(uninterrupted: Done, idx_folder: Pat
     process.send_signal(signal.SIGINT)
     output, errors = process.communicate(timeout=300)
     assert process.returncode == 130 and "Traceback" not in errors
-    assert "same command again" in output and (tmp_path / "checkpoints/idx/last.pt").exists()
+    assert "same command again" in output and (tmp_path / "checkpoints/idx/last.safetensors").exists()
     assert "Going on" in start(tmp_path, *flags).finish()
     assert_same(uninterrupted.learned, learned(tmp_path))
 
 
 def test_sigterm_saves_too(idx_folder: Path, tmp_path: Path) -> None:
     program = start(tmp_path, *RUN, "--data-dir", str(idx_folder), "--epochs", "1000", changes=OFTEN)
-    wait_for((tmp_path / "checkpoints/idx/last.pt").exists)
+    wait_for((tmp_path / "checkpoints/idx/last.safetensors").exists)
     program.signal(signal.SIGTERM)
     output = program.finish(143)
-    step = checkpoint.load(tmp_path / "checkpoints/idx/last.pt")["step"]
+    step = checkpoint.load(tmp_path / "checkpoints/idx/last.safetensors")["step"]
     assert f"Stopped after step {step:,}" in output and "same command again" in output
 
 
@@ -146,7 +146,7 @@ def test_a_second_run_of_one_name_refuses(idx_folder: Path, tmp_path: Path, monk
                                           capsys: pytest.CaptureFixture[str]) -> None:
     flags = [*RUN, "--data-dir", str(idx_folder), "--epochs", "1000"]
     first = start(tmp_path, *flags, changes=OFTEN)
-    wait_for((tmp_path / "checkpoints/idx/last.pt").exists)
+    wait_for((tmp_path / "checkpoints/idx/last.safetensors").exists)
     monkeypatch.chdir(tmp_path)
     assert main(flags) == 2
     errors = capsys.readouterr().err
@@ -168,7 +168,7 @@ def test_two_processes_learn_what_one_does(uninterrupted: Done, idx_folder: Path
 
 def test_two_processes_draw_what_one_does(uninterrupted: Done, tmp_path: Path) -> None:
     flags = ["--mode", "sample", "--dataset", "idx", "--steps", "3", "--num-images", "130", "--device", "cpu", "--checkpoint",
-             str(uninterrupted.folder / "checkpoints/idx/last.pt")]
+             str(uninterrupted.folder / "checkpoints/idx/last.safetensors")]
     programs = [start(tmp_path, *flags, "--name", "one"), *start_ranks(tmp_path, 2, *flags, "--name", "two")]
     for program in programs:
         program.finish()
@@ -179,4 +179,4 @@ def test_two_processes_draw_what_one_does(uninterrupted: Done, tmp_path: Path) -
 def test_minutes_end_on_time(idx_folder: Path, tmp_path: Path) -> None:
     output = start(tmp_path, *RUN, *DRAW, "--data-dir", str(idx_folder), "--minutes", "0.03", changes=OFTEN).finish()
     assert "0.03 minutes" in output
-    assert 1.8 <= checkpoint.load(tmp_path / "checkpoints/idx/last.pt")["history"]["seconds"] < 10
+    assert 1.8 <= checkpoint.load(tmp_path / "checkpoints/idx/last.safetensors")["history"]["seconds"] < 10

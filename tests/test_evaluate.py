@@ -8,13 +8,12 @@ import pytest
 import torch
 from PIL import Image
 
-import checkpoint
 import config as configs
 import evaluate
-import metrics
 from dataset import load_idx
 from model import UNet
 from run import main
+from support import checkpoint, metrics
 from tests.conftest import TINY, write_set
 
 

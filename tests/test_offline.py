@@ -7,15 +7,14 @@ import numpy as np
 import pytest
 import torch
 
-import checkpoint
 import config as configs
 import dataset
-import metrics
 from config import UserError
 from dataset import NOTICE
 from run import main
-from runtime import Runtime
-from tests.conftest import ROOT, TINY
+from support import checkpoint, metrics
+from support.runtime import Runtime
+from tests.conftest import TINY
 
 CPU = Runtime(torch.device("cpu"), bf16=False, compile=False)
 
@@ -71,7 +70,7 @@ def test_an_offline_run_bears_its_name_and_its_notice(offline: Path, capsys: pyt
     assert main(flags) == 0
     output = capsys.readouterr().out
     assert output.count(NOTICE) >= 2 and "results/generated/sample.png" in output and "no network" in output
-    assert (offline / "checkpoints/generated/last.pt").exists() and not (offline / "checkpoints/mnist").exists()
+    assert (offline / "checkpoints/generated/last.safetensors").exists() and not (offline / "checkpoints/mnist").exists()
     assert main(["--mode", "sample", "--num-images", "4", "--steps", "2", "--device", "cpu"]) == 0  # finds that run
     assert "NOT MNIST" in capsys.readouterr().out
 
@@ -86,7 +85,7 @@ def test_an_offline_run_is_never_continued_with_other_data(offline: Path, idx_fo
 
 
 def test_the_weights_that_ship_draw_the_digits_asked_for(own_folder: Path) -> None:
-    path = ROOT / "checkpoints/pretrained.pt"
+    path = checkpoint.PRETRAINED
     state = checkpoint.load(path)
     assert path.stat().st_size < 10e6 and state["model"] is None and state["optimizer"] is None
     assert sum(weight.numel() for weight in state["ema"].values()) <= 2.3e6 and state["history"]["columns"]

@@ -5,10 +5,10 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import plots
 import pytest
 from PIL import Image
 
-import plots
 from config import UserError
 
 METADATA = {"weights": "0f3a", "sampler": "dpmpp", "steps": "10"}

@@ -9,7 +9,6 @@ import csv
 import itertools
 import os
 import re
-import runpy
 import shutil
 import signal
 import stat
@@ -20,25 +19,26 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
-import checkpoint
 import config as configs
 import dataset
-import plots
 import train
 from config import UserError
-from diffusion import make_schedule
+from diffusion import NoiseSchedule
 from run import main
-from runtime import Runtime
+from support import checkpoint, files, plots
+from support.optimizer import Optimizer
+from support.runtime import Runtime
 from tests.conftest import ROOT, TINY, write_set
 from tests.processes import assert_close, assert_same, learned, nothing, start, start_ranks, wait_for
 
 RUN = ["--dataset", "idx", "--batch-size", "8", "--epochs", "2", "--timesteps", "100", "--preview", "0", "--device", "cpu", *TINY,
        "--steps", "3", "--num-images", "16"]  # 16 steps
 SAMPLE = ["--mode", "sample", "--dataset", "idx", "--device", "cpu", "--steps", "3", "--num-images", "16"]
-LAST, PREVIOUS = Path("checkpoints/idx/last.pt"), Path("checkpoints/idx/previous.pt")
+LAST, PREVIOUS = Path("checkpoints/idx/last.safetensors"), Path("checkpoints/idx/previous.safetensors")
 Capture = pytest.CaptureFixture[str]
 
 
@@ -102,11 +102,11 @@ def stop_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ctrl-C in that step of the run, and in none after it."""
     taken = train.training_step
 
-    def with_signal(forward: Any, state: train.State, *rest: Any) -> float | None:
-        if state.step == step - 1:
+    def with_signal(forward: Any, run: train.Run) -> float | None:
+        if run.step == step - 1:
             monkeypatch.setattr(train, "training_step", taken)
             os.kill(os.getpid(), signal.SIGINT)
-        return taken(forward, state, *rest)
+        return taken(forward, run)
 
     monkeypatch.setattr(train, "training_step", with_signal)
 
@@ -116,8 +116,7 @@ def poison(steps: range, monkeypatch: pytest.MonkeyPatch) -> None:
     loss, count = train.diffusion_loss, itertools.count(1)
 
     def poisoned(*arguments: Any) -> torch.Tensor:
-        bad = not torch.is_inference_mode_enabled() and next(count) in steps
-        return loss(*arguments) * (torch.nan if bad else 1)
+        return loss(*arguments) * (torch.nan if next(count) in steps else 1)
 
     monkeypatch.setattr(train, "diffusion_loss", poisoned)
 
@@ -133,22 +132,21 @@ def poison(steps: range, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_step_that_is_not_finite_changes_nothing(broken: Callable[[torch.Tensor], torch.Tensor], flags: list[str],
                                                    monkeypatch: pytest.MonkeyPatch) -> None:
     config, cpu = configs.parse(flags), Runtime(torch.device("cpu"), bf16=False, compile=False)
-    digits, schedule, loss = dataset.load(config, "train"), make_schedule(config.diffusion), train.diffusion_loss
-    state = train.new_state(config, cpu, {})
+    run, loss = train.new_run(config, cpu, dataset.load(config, "train"), dataset.load(config, "test")), train.diffusion_loss
 
     def step() -> float | None:
-        return train.training_step(state.network, state, schedule, digits, config, cpu)
+        return train.training_step(run.network, run)
 
     def everything() -> str:
-        return checkpoint.digest({"model": state.network.state_dict(), "ema": state.average.state_dict(),
-                                  "optimizer": state.optimizer.state_dict()})
+        return checkpoint.digest({"model": run.network.state_dict(), "ema": run.average.state_dict(),
+                                  "optimizer": run.optimizer.state_dict()})
 
-    state.optimizer.set_rate(1e-3)
+    run.optimizer.set_rate(1e-3)
     assert step() is not None
     before = everything()
     monkeypatch.setattr(train, "diffusion_loss", lambda *arguments: broken(loss(*arguments)))
     assert step() is None and everything() == before
-    assert all(parameter.grad is None for parameter in state.network.parameters())
+    assert all(parameter.grad is None for parameter in run.network.parameters())
     monkeypatch.setattr(train, "diffusion_loss", loss)
     assert step() is not None and everything() != before
 
@@ -178,14 +176,14 @@ def test_a_run_that_never_was_good_has_no_checkpoint(own_folder: Path, flags: li
                                                      capsys: Capture) -> None:
     poison(range(1000), monkeypatch)
     monkeypatch.setattr(train, "BAD_STEPS", 3)
-    assert "last.pt" not in refused([*flags, "--epochs", "3"], capsys) and not LAST.exists()
+    assert "last.safetensors" not in refused([*flags, "--epochs", "3"], capsys) and not LAST.exists()
 
 
 def test_weights_that_are_not_finite_are_not_saved(there: Path, flags: list[str], monkeypatch: pytest.MonkeyPatch,
                                                    capsys: Capture) -> None:
     before = checkpoint.load(LAST)
     monkeypatch.setattr(train, "SAVE_SECONDS", 0.0)
-    monkeypatch.setattr(train.Optimizer, "step", lambda self: self.matrices[0][1].data.fill_(torch.nan))
+    monkeypatch.setattr(Optimizer, "step", lambda self: self.matrices[0][1].data.fill_(torch.nan))
     line = refused([*flags, "--epochs", "3"], capsys)
     assert "not finite after step 17" in line and str(LAST) in line
     after = checkpoint.load(LAST)
@@ -227,7 +225,7 @@ def test_dropout_is_the_same_after_a_stop(own_folder: Path, flags: list[str], mo
     assert main([*flags, "--seed", "3", "--name", "straight"]) == 0
     stop_at(3, monkeypatch)
     assert main([*flags, "--seed", "3", "--name", "stopped"]) == 130
-    assert checkpoint.load(Path("checkpoints/stopped/last.pt"))["step"] == 3
+    assert checkpoint.load(Path("checkpoints/stopped/last.safetensors"))["step"] == 3
     torch.manual_seed(99)
     assert main([*flags, "--seed", "3", "--name", "stopped"]) == 0
     assert_same(learned(own_folder, "straight"), learned(own_folder, "stopped"))
@@ -301,8 +299,8 @@ def test_fresh_keeps_what_was_there(there: Path, flags: list[str], idx_folder: P
         assert checkpoint.load(LAST)["step"] == 8
         kept = Path(f"results/idx/old{number}")
         assert (kept / "metrics.csv").exists() and {path.name for path in kept.iterdir()} >= pictures.keys()
-    assert Path("checkpoints/idx/old1-last.pt").read_bytes() == old
-    assert checkpoint.load(Path("checkpoints/idx/old2-last.pt"))["config"]["train"]["lr"] == 0.1
+    assert Path("checkpoints/idx/old1-last.safetensors").read_bytes() == old
+    assert checkpoint.load(Path("checkpoints/idx/old2-last.safetensors"))["config"]["train"]["lr"] == 0.1
     assert {path.name: path.read_bytes() for path in Path("results/idx/old1").iterdir() if path.name in pictures} == pictures
 
 
@@ -326,8 +324,9 @@ def test_other_images_under_the_same_name(there: Path, flags: list[str], tmp_pat
 @pytest.mark.parametrize("edit, said", [
     (lambda state: state["history"].pop("running"), "history"),
     (lambda state: state["history"].update(skipped="0"), "history"),
-    (lambda state: state["config"].pop("seed"), "another version"),
-    (lambda state: state["config"].update(train=7), "another version"),
+    (lambda state: state["history"].update(alpha_bar=state["history"]["alpha_bar"].square()), "noise schedule"),
+    (lambda state: state["config"].update(refiner=40), "refiner"),
+    (lambda state: state["config"].update(train=7), "settings"),
     (lambda state: state["optimizer"].pop("muon"), "optimizer"),
     (lambda state: state["optimizer"]["adamw"]["state"][0].update(exp_avg=torch.zeros(3)), "optimizer"),
     (lambda state: state["optimizer"]["adamw"].update(param_groups=[]), "optimizer"),
@@ -366,6 +365,62 @@ def test_what_the_end_needs_is_checked_at_the_start(own_folder: Path, flags: lis
     assert not list(own_folder.iterdir())
 
 
+def test_code_that_was_edited_since_is_named(there: Path, flags: list[str], monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+    """An edit of model.py and of the optimizer, as the run that goes on would find it."""
+    edited = {**train.code_digests(), "model.py": "0" * 16, "support/optimizer.py": "1" * 16}
+    monkeypatch.setattr(train, "code_digests", lambda: edited)
+    before, flags = LAST.read_bytes(), [*flags, "--epochs", "3"]
+    line = refused(flags, capsys)
+    assert "(model.py, support/optimizer.py edited since)" in line and "--fresh" in line and "--same-code" in line
+    assert LAST.read_bytes() == before
+    assert main([*flags, "--same-code"]) == 0
+    assert checkpoint.load(LAST)["history"]["code"] == edited
+    assert main(flags) == 0  # which it is from now on
+
+
+def test_digests_of_code_see_every_edit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = train.code_digests()
+    for name in train.DECISIVE:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes((ROOT / name).read_bytes().replace(b"\n", b"\r\n"))  # as git may check it out
+    monkeypatch.setattr(train, "ROOT", tmp_path)
+    assert train.code_digests() == before
+    for name in train.DECISIVE:
+        (tmp_path / name).write_bytes((ROOT / name).read_bytes() + b"# more\n")
+        changed = train.code_digests()
+        assert {other for other in before if before[other] != changed[other]} == {name}
+        (tmp_path / name).write_bytes((ROOT / name).read_bytes())
+
+
+def test_drawing_takes_the_schedule_of_the_checkpoint_not_of_the_code(there: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert main(SAMPLE) == 0
+    images = np.load("results/idx/samples.npz")["arr_0"]
+    for module in ("diffusion", "train"):
+        monkeypatch.setattr(f"{module}.make_schedule", lambda config: NoiseSchedule(torch.linspace(1, 0.5, 101).double()))
+    assert main(SAMPLE) == 0
+    assert np.array_equal(np.load("results/idx/samples.npz")["arr_0"], images)
+
+
+@pytest.mark.parametrize("group, knob", [("model", "dropout"), ("train", "label_dropout")])
+def test_a_checkpoint_from_before_a_knob_was_added_is_read(group: str, knob: str, there: Path, flags: list[str],
+                                                         capsys: Capture) -> None:
+    change(LAST, lambda state: state["config"][group].pop(knob))
+    assert not {"sample", "evaluate", "steps"} & checkpoint.load(LAST)["config"].keys()  # nor any of drawing
+    for arguments in (SAMPLE, [*flags, "--epochs", "3"]):
+        assert main(arguments) == 0
+        assert f"older than these settings, which have their defaults: {knob}" in capsys.readouterr().out
+
+
+def test_a_run_of_the_first_version_is_not_mixed_with_this_one(there: Path, flags: list[str], capsys: Capture) -> None:
+    LAST.rename(LAST.with_name("last.pt"))
+    PREVIOUS.unlink()
+    for arguments in (flags, SAMPLE, ["--mode", "evaluate", "--dataset", "idx"]):
+        line = refused(arguments, capsys)
+        assert "last.pt" in line and "first version" in line and "--fresh" in line
+    assert not LAST.exists()
+    assert main([*flags, "--fresh"]) == 0 and LAST.exists() and LAST.with_name("old1-last.pt").exists()
+
+
 # The disk
 
 
@@ -386,15 +441,15 @@ def test_no_room_for_a_checkpoint(there: Path, flags: list[str], monkeypatch: py
     with file_size_limit(len(before) // 2):
         line = refused([*flags, "--epochs", "3"], capsys)
     assert str(LAST) in line and LAST.read_bytes() == before
-    assert sorted(path.name for path in LAST.parent.iterdir()) == ["last.pt", "lock", "previous.pt"]
+    assert sorted(path.name for path in LAST.parent.iterdir()) == ["last.safetensors", "lock", "previous.safetensors"]
     assert main([*flags, "--epochs", "3"]) == 0 and "16 steps" in capsys.readouterr().out
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
-@pytest.mark.parametrize("name, suffix", [("preview-0000024.png", ""), ("metrics.csv", ".part"), ("sample.png", ""), ("samples.npz", ".part")])
-def test_no_room_for_a_picture(name: str, suffix: str, there: Path, flags: list[str], capsys: Capture) -> None:
+@pytest.mark.parametrize("name", ["preview-0000024.png", "metrics.csv", "sample.png", "samples.npz"])
+def test_no_room_for_a_picture(name: str, there: Path, flags: list[str], capsys: Capture) -> None:
     """The file is written beside its place first: there lies a device that is full."""
-    beside = Path(f"results/idx/.{name}.{os.getpid()}{suffix}")
+    beside = Path(f"results/idx/.{name}.{os.getpid()}.part")
     beside.symlink_to("/dev/full")
     before = Path("results/idx", name).read_bytes() if not name.startswith("preview") else None
     line = refused([*flags, "--epochs", "3", "--preview", "4"], capsys)
@@ -428,7 +483,7 @@ def hang(*_: Any) -> None:
 
 def test_a_second_ctrl_c_leaves_at_once_and_loses_nothing(own_folder: Path, flags: list[str]) -> None:
     flags = [*flags, "--epochs", "1000"]
-    program = start(own_folder, *flags, changes={"train.SAVE_SECONDS": 0.0, "plots.save_losses": nothing, "os.fsync": fsync_or_hang})
+    program = start(own_folder, *flags, changes={"train.SAVE_SECONDS": 0.0, "support.plots.save_losses": nothing, "os.fsync": fsync_or_hang})
     wait_for(LAST.exists)
     (own_folder / "hang").touch()
     wait_for(lambda: list(own_folder.rglob("*.part")))
@@ -442,7 +497,7 @@ def test_a_second_ctrl_c_leaves_at_once_and_loses_nothing(own_folder: Path, flag
     assert LAST.read_bytes() == before
     (own_folder / "hang").unlink()
     step = checkpoint.load(LAST)["step"]
-    again = start(own_folder, *flags, changes={"train.SAVE_SECONDS": 0.0, "plots.save_losses": nothing})
+    again = start(own_folder, *flags, changes={"train.SAVE_SECONDS": 0.0, "support.plots.save_losses": nothing})
     wait_for(lambda: f"Going on with the run in checkpoints/idx ({step:,} steps" in again.output)
     wait_for(lambda: LAST.read_bytes() != before)
     again.signal(signal.SIGTERM)
@@ -452,7 +507,7 @@ def test_a_second_ctrl_c_leaves_at_once_and_loses_nothing(own_folder: Path, flag
 
 @pytest.mark.parametrize("mode", ["sample", "evaluate"])
 def test_ctrl_c_ends_the_other_modes_too(mode: str, there: Path) -> None:
-    changes = {"metrics.load_extractor": hang} if mode == "evaluate" else {}
+    changes = {"support.metrics.load_extractor": hang} if mode == "evaluate" else {}
     program = start(there, "--mode", mode, "--dataset", "idx", "--device", "cpu", "--num-images", "100000", "--steps", "100", changes=changes)
     wait_for(lambda: re.search(r" [1-9]\d*/\d", program.errors) or "hanging" in program.errors)
     program.signal(signal.SIGINT)
@@ -462,10 +517,10 @@ def test_ctrl_c_ends_the_other_modes_too(mode: str, there: Path) -> None:
 # Several processes
 
 
-def draw_badly(*arguments: Any) -> torch.Tensor:
+def draw_badly(trained: Any, order: Any, *_: Any) -> torch.Tensor:
     if os.environ["RANK"] == "1":
         raise UserError("the second process has a problem")
-    return torch.zeros(len(arguments[4]), 1, 28, 28)
+    return torch.zeros(len(order.indices), 1, 28, 28)
 
 
 def end_alike(programs: list[Any]) -> str:
@@ -478,19 +533,20 @@ def end_alike(programs: list[Any]) -> str:
 
 
 def test_all_processes_leave_together_with_one_line(there: Path, flags: list[str]) -> None:
-    assert "second process" in end_alike(start_ranks(there, 2, *SAMPLE, "--num-images", "130", changes={"sample._draw_chunk": draw_badly}))
+    changes = {"drawing._draw_chunk": draw_badly}
+    assert "second process" in end_alike(start_ranks(there, 2, *SAMPLE, "--num-images", "130", changes=changes))
     Path("results/idx/samples.npz").unlink()
     Path("results/idx/samples.npz").mkdir()
     assert "samples.npz" in end_alike(start_ranks(there, 2, *SAMPLE))
-    with checkpoint.lock(LAST.parent):
+    with files.lock(LAST.parent):
         assert "another run" in end_alike(start_ranks(there, 2, *flags, "--epochs", "3"))
     LAST.write_bytes(b"")
-    assert "last.pt" in end_alike(start_ranks(there, 2, *flags, "--epochs", "3"))
+    assert "last.safetensors" in end_alike(start_ranks(there, 2, *flags, "--epochs", "3"))
 
 
 def test_a_run_stopped_on_two_processes_goes_on_on_one(finished: Path, own_folder: Path, flags: list[str], capsys: Capture) -> None:
     programs = start_ranks(own_folder, 2, *flags, "--preview", "1",
-                           changes={"train.SAVE_SECONDS": 0.0, "plots.save_losses": nothing, "train.BAD_STEPS": 20})
+                           changes={"train.SAVE_SECONDS": 0.0, "support.plots.save_losses": nothing, "train.BAD_STEPS": 20})
     wait_for(Path("results/idx/preview-0000002.png").exists)
     programs[1].signal(signal.SIGTERM)  # whichever of them gets it
     outputs = [program.finish(143) for program in programs]
@@ -502,57 +558,3 @@ def test_a_run_stopped_on_two_processes_goes_on_on_one(finished: Path, own_folde
 
 def test_too_few_images_for_the_processes(own_folder: Path, flags: list[str]) -> None:
     assert "--batch-size 1" in end_alike(start_ranks(own_folder, 2, *flags, "--batch-size", "1"))
-    line = end_alike(start_ranks(own_folder, 2, *flags, "--refiner", "9", "--refiner-share", "0.1"))
-    assert "--refiner-share 0.1: 1 images of a batch for the refiner" in line
-    assert "for the U-Net" in end_alike(start_ranks(own_folder, 2, *flags, "--refiner", "9", "--refiner-share", "0.9"))
-
-
-# A refiner beside the U-Net
-
-
-def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in one.items())
-
-
-def test_a_run_with_a_refiner_learns_both_and_goes_on(own_folder: Path, flags: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    flags = [*flags, "--refiner", "20", "--refiner-share", "0.25"]
-    assert main([*flags, "--name", "whole"]) == 0
-    stop_at(5, monkeypatch)
-    assert main(flags) == 130 and main(flags) == 0
-    once, twice = (checkpoint.load(Path("checkpoints", name, "last.pt")) for name in ("whole", "idx"))
-    assert equal(once["model"], twice["model"])
-    moved = [name for name, weight in once["model"].items() if name.endswith("head.weight") and weight.any()]
-    assert moved == ["head.weight", "refiner.head.weight"]
-    assert main([*SAMPLE, "--steps", "10"]) == 0  # of which the refiner takes the last two
-
-
-def test_a_refiner_learns_on_two_processes_what_it_does_on_one(own_folder: Path, flags: list[str]) -> None:
-    """With two images of four for each part, every process has some of both in every step."""
-    flags = [*flags, "--refiner", "20", "--batch-size", "4"]
-    for program in start_ranks(own_folder, 2, *flags, "--name", "two", changes={"plots.save_losses": nothing}):
-        program.finish(0, seconds=60)
-    assert main([*flags, "--name", "one"]) == 0
-    one, two = (checkpoint.load(Path("checkpoints", name, "last.pt")) for name in ("one", "two"))
-    assert one["history"]["columns"]["test_loss"] == pytest.approx(two["history"]["columns"]["test_loss"], rel=1e-3)
-
-
-def test_a_refiner_alone_is_joined_with_a_unet(there: Path, flags: list[str], monkeypatch: pytest.MonkeyPatch,
-                                                capsys: Capture) -> None:
-    alone = [*flags, "--name", "fine", "--refiner", "20", "--refiner-share", "1"]
-    assert main(alone) == 0 and "export_pretrained" in capsys.readouterr().out
-    assert main(alone) == 0 and "is finished" in capsys.readouterr().out
-    fine, coarse = checkpoint.load(Path("checkpoints/fine/last.pt")), checkpoint.load(LAST)
-    assert not fine["model"]["head.weight"].any() and fine["model"]["refiner.head.weight"].any()
-
-    def export(refiner: Path) -> None:
-        monkeypatch.setattr(sys, "argv", ["export_pretrained.py", str(LAST), "--refiner", str(refiner), "--target", "joined.pt", "--full"])
-        runpy.run_path(str(ROOT / "benchmarks/export_pretrained.py"), run_name="__main__")
-
-    export(Path("checkpoints/fine/last.pt"))
-    joined = checkpoint.load(Path("joined.pt"))
-    assert joined["config"]["model"] == {**coarse["config"]["model"], "refiner": 20}
-    refiner = {name: value for name, value in fine["ema"].items() if name.startswith("refiner.")}
-    assert equal(joined["ema"], {**coarse["ema"], **refiner})
-    assert main([*SAMPLE, "--checkpoint", "joined.pt", "--steps", "10"]) == 0
-    with pytest.raises(SystemExit, match="it has no refiner"):
-        export(LAST)

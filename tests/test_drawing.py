@@ -1,21 +1,24 @@
 """Drawing: an image and its label follow from (seed, index) alone, whatever else is drawn beside it."""
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 
-from config import Config, DiffusionConfig, ModelConfig, SampleConfig, TrainConfig, UserError
-from diffusion import NO_LABEL, make_schedule
+from config import NO_LABEL, Config, DiffusionConfig, ModelConfig, SampleConfig, TrainConfig, UserError
+from diffusion import make_schedule
+from drawing import Order, Trace, Trained, choose_labels, draw, guided
 from model import UNet
-from runtime import Runtime
-from sample import Trace, Trained, choose_labels, draw, guided
 from samplers import spaced_timesteps
+from support.runtime import Runtime
 
 CPU = Runtime(torch.device("cpu"), bf16=False, compile=False)
 OPTIONS = SampleConfig(sampler="dpmpp", steps=3, guidance=1.0)
 COUNT = 130  # two whole chunks and a little
+
+
+def drawn(network, schedule, options, seed, indices, labels, trace=None):
+    return draw(Trained(network, schedule, Config(), {}), Order(options, seed, indices, labels), CPU, trace)
 
 
 @pytest.fixture(scope="module")
@@ -44,14 +47,14 @@ def schedule():
     replace(OPTIONS, sampler="unipc", guidance=1.5),
 ], ids=["dpmpp", "dpmpp-sde", "ddpm", "ddpm-guided", "ddim", "unipc-guided"])
 def test_an_image_is_bitwise_the_same_alone_and_among_many(network, schedule, options):
-    def drawn(indices):
-        return draw(network, schedule, options, 7, indices, choose_labels(None, 7, indices), CPU)
+    def chosen(indices):
+        return drawn(network, schedule, options, 7, indices, choose_labels(None, 7, indices))
 
-    everything = drawn(range(COUNT))
+    everything = chosen(range(COUNT))
     assert everything.shape == (COUNT, 1, 28, 28) and everything.dtype == torch.float32
     assert torch.isfinite(everything).all() and len(everything.flatten(1).unique(dim=0)) == COUNT
     for indices in ([0], [37], [63], [64], [COUNT - 1], [COUNT - 1, 3, 70, 2], range(60, 68)):
-        assert torch.equal(drawn(indices), everything[list(indices)]), indices
+        assert torch.equal(chosen(indices), everything[list(indices)]), indices
 
 
 @pytest.mark.parametrize("dropout, digits, guidance, said", [
@@ -59,7 +62,7 @@ def test_an_image_is_bitwise_the_same_alone_and_among_many(network, schedule, op
 def test_guidance_needs_a_network_that_knows_both_halves(network, schedule, dropout, digits, guidance, said, capsys):
     config = Config(train=TrainConfig(label_dropout=dropout))
     options = replace(OPTIONS, digits=digits, guidance=2.0)
-    trained = Trained(network, schedule, config, "", 0, Path(), {})
+    trained = Trained(network, schedule, config, {})
     assert guided(options, trained, CPU) == replace(options, guidance=guidance)
     out = capsys.readouterr().out
     assert said in out if said else not out
@@ -67,7 +70,7 @@ def test_guidance_needs_a_network_that_knows_both_halves(network, schedule, drop
 
 def test_images_follow_from_the_seed(network, schedule):
     labels = torch.zeros(4).long()
-    one, again, other = (draw(network, schedule, OPTIONS, seed, range(4), labels, CPU) for seed in (1, 1, 2))
+    one, again, other = (drawn(network, schedule, OPTIONS, seed, range(4), labels) for seed in (1, 1, 2))
     assert torch.equal(one, again)
     assert not any(torch.equal(a, b) for a in one for b in other)
 
@@ -78,7 +81,7 @@ def test_every_label_reaches_its_own_image(schedule):
         return (label / 20)[:, None, None, None].expand_as(x)
 
     indices, labels = [129, 4, 64, 5, 0], torch.tensor([9, 1, 8, 0, 3])
-    images = draw(network, replace(schedule, prediction="x0"), OPTIONS, 0, indices, labels, CPU)
+    images = drawn(network, replace(schedule, prediction="x0"), OPTIONS, 0, indices, labels)
     assert torch.equal(images, network(images, None, labels))
 
 
@@ -89,7 +92,7 @@ def test_image_i_takes_slot_i_of_its_chunk(schedule):
         seen.append((x.clone(), label.clone()))
         return torch.zeros_like(x)
 
-    draw(network, schedule, replace(OPTIONS, steps=1), 0, [130, 66, 3, 64], torch.tensor([1, 2, 3, 4]), CPU)
+    drawn(network, schedule, replace(OPTIONS, steps=1), 0, [130, 66, 3, 64], torch.tensor([1, 2, 3, 4]))
     slots = [{slot: label[slot].item() for slot in x.flatten(1).any(1).nonzero().flatten().tolist()} for x, label in seen]
     assert sorted(slots, key=len) == [{2: 1}, {3: 3}, {2: 2, 0: 4}]
     assert all((label == NO_LABEL).sum() == CPU.chunk - len(taken) for taken, (_, label) in zip(slots, seen))
@@ -103,20 +106,20 @@ def test_the_network_is_given_chunks_of_one_size(schedule):
         return torch.zeros_like(x)
 
     for guidance in (1.0, 2.0):
-        draw(network, schedule, replace(OPTIONS, guidance=guidance), 0, range(70), torch.zeros(70).long(), CPU)
+        drawn(network, schedule, replace(OPTIONS, guidance=guidance), 0, range(70), torch.zeros(70).long())
     assert sizes == [CPU.chunk] * 2 * OPTIONS.steps + [2 * CPU.chunk] * 2 * OPTIONS.steps
 
 
 def test_the_noise_is_standard_normal_and_its_own_for_each_image(schedule):
     """With a denoiser of zero, what an ancestral step leaves is noise."""
-    trace, seen = Trace([], [], []), []
+    trace, seen = Trace(), []
 
     def network(x, t, label):
         seen.append(x.clone())
         return torch.zeros_like(x)
 
     options, labels = replace(OPTIONS, sampler="ddpm"), torch.zeros(64).long()
-    draw(network, replace(schedule, prediction="x0"), options, 3, range(64), labels, CPU, trace)
+    drawn(network, replace(schedule, prediction="x0"), options, 3, range(64), labels, trace)
     first, second, _ = seen
     assert trace.timesteps == spaced_timesteps(100, 3) and len(trace.states) == 4 and len(trace.problems) == 3
     assert abs(first.mean()) < 0.02 and abs(first.std() - 1) < 0.02
@@ -130,12 +133,12 @@ def test_the_noise_is_standard_normal_and_its_own_for_each_image(schedule):
 
 def test_a_state_that_is_not_finite_is_a_user_error(schedule):
     with pytest.raises(UserError, match="finite"):
-        draw(lambda x, t, label: x * float("nan"), schedule, OPTIONS, 0, [0], torch.tensor([1]), CPU)
+        drawn(lambda x, t, label: x * float("nan"), schedule, OPTIONS, 0, [0], torch.tensor([1]))
 
 
 def test_more_steps_than_timesteps_is_a_user_error(network, schedule):
     with pytest.raises(UserError, match="--steps 101"):
-        draw(network, schedule, replace(OPTIONS, steps=101), 0, [0], torch.tensor([1]), CPU)
+        drawn(network, schedule, replace(OPTIONS, steps=101), 0, [0], torch.tensor([1]))
 
 
 def test_digits_are_cycled_over_the_indices():

@@ -10,6 +10,7 @@ import os
 import shutil
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -63,7 +64,7 @@ class Runtime:
         return box[0]
 
     def only_first(self, work: Callable[[], Any]) -> Any:
-        """Runs work in the first process and returns its result in every one; a UserError is raised in every one too."""
+        """Runs work in the first process; every one returns its result, or raises its UserError."""
         value, problem = self.from_first(_attempt(work) if self.first else None)
         if problem is not None:
             raise UserError(problem)
@@ -114,7 +115,7 @@ def _attempt(work: Callable[[], Any]) -> tuple[Any, str | None]:
 
 @contextlib.contextmanager
 def start(config: Config) -> Iterator[Runtime]:
-    """Chooses device and precision, and joins torchrun's other processes if there are any (gloo on CPUs, NCCL on GPUs)."""
+    """Chooses device and precision, and joins torchrun's other processes if any (gloo on CPUs, NCCL on GPUs)."""
     world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     choose_device(config.device, int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1)  # too few devices: all processes raise
     device = choose_device(config.device, int(os.environ.get("LOCAL_RANK", 0)))
@@ -123,10 +124,12 @@ def start(config: Config) -> Iterator[Runtime]:
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32, where float32 is asked for
     if config.compile == "on" and not runtime.compile:
-        runtime.say("note: torch.compile needs a C++ compiler (CPU) or Triton (CUDA), and none was found; going on without")
+        runtime.say("note: torch.compile needs a C++ compiler (CPU) or Triton (CUDA), and none was found; going on "
+                    "without")
     if world > 1:
         # NCCL moves tensors on GPUs; gloo carries the small Python objects, and everything on CPUs.
-        dist.init_process_group("cuda:nccl,cpu:gloo" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=10))
+        backend = "cuda:nccl,cpu:gloo" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(minutes=10))
     try:
         yield runtime
     finally:
@@ -150,8 +153,8 @@ def choose_device(wanted: str, local_rank: int = 0) -> torch.device:
             raise UserError(f"--device {wanted}: several processes can't share one device; leave the number out")
         index = local_rank if device.index is None else device.index
         if index >= torch.cuda.device_count():
-            raise UserError(f"--device cuda:{index}: only {torch.cuda.device_count()} CUDA devices are here; choose a lower "
-                            "number, or start no more processes than devices")
+            raise UserError(f"--device cuda:{index}: only {torch.cuda.device_count()} CUDA devices are here; choose a "
+                            "lower number, or start no more processes than devices")
         device = torch.device("cuda", index)
     return device
 
@@ -172,7 +175,7 @@ def _use_compile(wanted: str, device: torch.device) -> bool:
 
 
 def compiled(function: Callable[..., Any], runtime: Runtime, **options: Any) -> Callable[..., Any]:
-    """torch.compile(function), or function itself, with one line said, where compiling is off or its first call fails."""
+    """torch.compile(function); or function itself, where compiling is off or, with a line, where it fails."""
     if not runtime.compile:
         return function
     chosen: Callable[..., Any] | None = None
@@ -186,8 +189,8 @@ def compiled(function: Callable[..., Any], runtime: Runtime, **options: Any) -> 
             result = fast(*args)
             chosen = fast
         except Exception as error:  # a compiler fails in many ways; none of them should end a run
-            first_line = str(error).strip().splitlines()[:1]
-            runtime.say(f"note: torch.compile failed ({type(error).__name__}: {''.join(first_line)[:120]}); going on without")
+            first_line = "".join(str(error).strip().splitlines()[:1])[:120]
+            runtime.say(f"note: torch.compile failed ({type(error).__name__}: {first_line}); going on without")
             chosen = function
             result = function(*args)
         return result
@@ -214,6 +217,23 @@ class StopSignals:
             os._exit(128 + number)  # saves are atomic, so nothing is lost
         self.received = number
         os.write(sys.stderr.fileno(), b"\nstopping after this step (once more: at once)\n")
+
+
+class Clock:
+    """The time of each phase, for one line at the end."""
+
+    def __init__(self, runtime: Runtime) -> None:
+        self.runtime, self.latest = runtime, time.perf_counter()
+        self.laps: list[tuple[str, float]] = []
+
+    def lap(self, phase: str) -> None:
+        self.runtime.synchronize()
+        now = time.perf_counter()
+        self.laps.append((phase, now - self.latest))
+        self.latest = now
+
+    def __str__(self) -> str:
+        return "Time: " + ", ".join(f"{phase} {seconds:.1f} s" for phase, seconds in self.laps) + "."
 
 
 def seed_of(*parts: int) -> int:

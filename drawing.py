@@ -1,0 +1,226 @@
+"""From a checkpoint and seeds to images: the trained network, labels, noise, chunks, processes.
+
+An image and all its noise follow from (seed, image index) alone: every image is drawn in a slot of a chunk of one
+fixed size, so that it comes out the same alone, among many, and on any number of processes. The line that a reader of
+the reverse process looks for is the loop over SAMPLERS in `_draw_chunk`.
+"""
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import config as configs
+from config import NO_LABEL, Config, SampleConfig, UserError
+from dataset import NOTICE
+from diffusion import Network, NoiseSchedule, make_denoiser
+from model import UNet
+from samplers import SAMPLERS, spaced_timesteps
+from support import checkpoint, plots
+from support.runtime import Runtime, generator, seed_of, to_uint8
+
+NOISE_STREAM, DIGIT_STREAM = 2, 3  # of random numbers; train.py owns stream 1
+SHOWN = 6  # images in the pictures of the process
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What draws: a network with its averaged weights, its schedule, and where both came from."""
+
+    network: Network
+    schedule: NoiseSchedule
+    config: Config
+    data: dict[str, Any]  # of the training images: name, digest, classes, pixel mean and standard deviation
+    digest: str = ""
+    step: int = 0
+    path: Path = Path()
+
+
+@dataclass(frozen=True)
+class Order:
+    """What is to be drawn, and how: image i and all its noise follow from (seed, i)."""
+
+    options: SampleConfig
+    seed: int
+    indices: Sequence[int]
+    labels: Tensor  # int64 [N], one for each index
+
+    def part(self, positions: Sequence[int]) -> "Order":
+        return replace(self, indices=[self.indices[p] for p in positions], labels=self.labels[positions])
+
+
+@dataclass
+class Trace:
+    """What `draw` saw on the way, in the chunk of image 0: the first images' states, and each step's verdict."""
+
+    timesteps: list[int] = field(default_factory=list)
+    states: list[Tensor] = field(default_factory=list)  # uint8 [SHOWN, 1, 28, 28] each, from pure noise on
+    problems: list[str | None] = field(default_factory=list)  # of x0_hat after each step; None: looks like data
+
+    def see(self, t: int, x: Tensor, x0_hat: Tensor | None) -> None:
+        self.timesteps.append(t)
+        self.states.append(to_uint8(x[:SHOWN]).cpu())
+        if x0_hat is not None:
+            self.problems.append(plots.looks_broken(to_uint8(x0_hat).cpu()))
+
+
+def load_trained(config: Config, runtime: Runtime) -> Trained:
+    """The network of the checkpoint that config means; what that file says of itself decides everything about it."""
+    path = checkpoint.find(configs.run_name(config), config.sample.checkpoint)
+    state: dict[str, Any] = {}
+    digests = runtime.everywhere(lambda: state.update(checkpoint.load(path)) or state["digest"])
+    if len(set(digests)) > 1:
+        raise UserError(f"{path}: a training run wrote it while the processes read it; try again")
+    try:
+        stored, lacking = configs.from_stored(state["config"])
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    if lacking:
+        runtime.say(f"note: {path} is older than these settings, which have their defaults: {', '.join(lacking)}")
+    alpha_bar = state["history"].get("alpha_bar")
+    if not isinstance(alpha_bar, Tensor) or alpha_bar.shape != (stored.diffusion.timesteps + 1,):
+        raise UserError(f"{path}: it does not hold its noise schedule; {checkpoint.ADVICE}")
+    network = UNet(stored.model)
+    checkpoint.load_weights(network, state["ema"], path)
+    network = network.eval().requires_grad_(False).to(runtime.device).to(memory_format=torch.channels_last)
+    schedule = NoiseSchedule(alpha_bar, stored.diffusion.prediction, stored.diffusion.weighting)
+    return Trained(network, schedule, stored, state["history"].get("data", {}), checkpoint.weights_digest(state["ema"]),
+                   state["step"], path)
+
+
+def announce(trained: Trained, config: Config, runtime: Runtime) -> None:
+    """Says what draws, and where it is not what the user may think."""
+    runtime.say(f"Drawing from {trained.path} ({trained.data.get('name', trained.config.dataset)}, step "
+                f"{trained.step:,}, weights {trained.digest}) on {runtime.name()}.")
+    if config.sample.checkpoint is None and trained.path == checkpoint.PRETRAINED:
+        runtime.say(f"There is no checkpoint of your own in checkpoints/{configs.run_name(config)}/ yet, so these are "
+                    "the weights that come with the project.")
+    if trained.data.get("name") == "generated":
+        runtime.say(NOTICE)
+
+
+def guided(options: SampleConfig, trained: Trained, runtime: Runtime) -> SampleConfig:
+    """The options, with guidance 1 where there is nothing to guide, and 0, without labels, where none was learned."""
+    dropout = trained.config.train.label_dropout
+    if dropout == 1:
+        runtime.say("This network was trained with --label-dropout 1, so it knows images only without labels, and "
+                    "draws any digit.")
+        return replace(options, guidance=0.0)
+    if options.guidance != 1 and dropout == 0:
+        runtime.say("Guidance is off: this network was trained with --label-dropout 0, so it knows images only with "
+                    "their labels.")
+    return replace(options, guidance=1.0) if options.digits == "none" or dropout == 0 else options
+
+
+def choose_labels(digits: str | None, seed: int, indices: Sequence[int]) -> Tensor:
+    """Labels int64 [N]: each image's own at random, or `digits` cycled over the image indices; 10 for "none"."""
+    if digits is None:
+        return torch.tensor([seed_of(seed, DIGIT_STREAM, index) % 10 for index in indices])
+    if digits == "none":
+        return torch.full((len(indices),), NO_LABEL)
+    return torch.tensor([int(digits[index % len(digits)]) for index in indices])
+
+
+def origin(trained: Trained, order: Order) -> dict[str, str]:
+    """Where a picture came from, for its PNG text."""
+    options = order.options
+    return {"weights": trained.digest, "trained_on": str(trained.data.get("name", trained.config.dataset)),
+            "step": str(trained.step), "sampler": options.sampler, "steps": str(options.steps),
+            "eta": f"{options.eta:g}", "guidance": f"{options.guidance:g}", "digits": str(options.digits),
+            "seed": str(order.seed)}
+
+
+def draw(trained: Trained, order: Order, runtime: Runtime, trace: Trace | None = None,
+         progress: bool = False) -> Tensor:
+    """Images [N, 1, 28, 28] in [-1, 1] on the CPU, the same in every process.
+
+    Image i takes slot i % chunk of a chunk whose other slots may be empty. Chunks are shared out among processes.
+    Raises UserError for a number of steps that the schedule doesn't have, and if a state stops being finite.
+    """
+    steps = len(spaced_timesteps(trained.schedule.timesteps, order.options.steps)) - 1
+    chunks: dict[int, list[int]] = {}  # chunk number -> positions in order.indices
+    for position, index in enumerate(order.indices):
+        chunks.setdefault(index // runtime.chunk, []).append(position)
+    mine = list(chunks.items())[runtime.rank::runtime.world]
+    images = torch.zeros(len(order.indices), 1, 28, 28)
+    if runtime.device.type == "cuda":
+        trained = replace(trained, network=_graphed(trained.network, order.options, runtime))
+
+    def draw_mine() -> list[tuple[list[int], Any]]:
+        bar = tqdm(total=len(mine) * steps, desc="drawing", unit="step", leave=False,
+                   disable=not (progress and runtime.first))
+        with bar, torch.inference_mode(), runtime.autocast():
+            for number, positions in mine:
+                def watch(t: int, x: Tensor, x0_hat: Tensor | None, traced: bool = number == 0) -> None:
+                    if trace is not None and traced:
+                        trace.see(t, x, x0_hat)
+                    bar.update(x0_hat is not None)
+
+                images[positions] = _draw_chunk(trained, order.part(positions), runtime, watch)
+        return [(positions, images[positions].numpy()) for _, positions in mine]
+
+    for positions, values in itertools.chain(*runtime.everywhere(draw_mine)):
+        images[positions] = torch.from_numpy(values)
+    return images
+
+
+def _draw_chunk(trained: Trained, order: Order, runtime: Runtime,
+                watch: Callable[[int, Tensor, Tensor | None], None]) -> Tensor:
+    """The images of one chunk [N, 1, 28, 28]; watch(t, x, x0_hat) sees them at the start and after each step."""
+    generators = [generator("cpu", order.seed, NOISE_STREAM, index) for index in order.indices]
+    slots = torch.tensor([index % runtime.chunk for index in order.indices])
+    labels = torch.full((runtime.chunk,), NO_LABEL).index_copy(0, slots, order.labels).to(runtime.device)
+
+    def randn() -> Tensor:
+        noise = torch.zeros(runtime.chunk, 1, 28, 28)
+        noise[slots] = torch.stack([torch.randn(1, 28, 28, generator=g) for g in generators])
+        return noise.to(runtime.device)
+
+    options, schedule = order.options, trained.schedule
+    timesteps = spaced_timesteps(schedule.timesteps, options.steps)
+    denoise = make_denoiser(trained.network, schedule, labels, options.guidance)
+    x = randn()
+    watch(timesteps[0], x[slots], None)
+    for s, x, x0_hat in SAMPLERS[options.sampler](denoise, schedule, x, timesteps, randn, **solver_options(options)):
+        if not torch.isfinite(x).all():
+            raise UserError(f"the images stopped being finite at t = {s} of {timesteps[0]} ({options.sampler}, "
+                            f"{options.steps} steps): try --precision fp32, a lower --guidance or another checkpoint")
+        watch(s, x[slots], x0_hat[slots])
+    return x[slots].float().cpu()
+
+
+def _graphed(network: Network, options: SampleConfig, runtime: Runtime) -> Network:
+    """The network at the chunk's size as one captured CUDA graph: at this size, launching costs more than computing."""
+    batch = runtime.chunk * (1 if options.guidance == 1 else 2)
+    inputs = (torch.zeros(batch, 1, 28, 28, device=runtime.device),
+              torch.ones(batch, device=runtime.device, dtype=torch.long),
+              torch.zeros(batch, device=runtime.device, dtype=torch.long))
+    with torch.inference_mode(), runtime.autocast():
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):  # the libraries choose their kernels before the capture
+                network(*inputs)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            output = network(*inputs)
+
+    def replay(*arguments: Tensor) -> Tensor:
+        for static, argument in zip(inputs, arguments):
+            static.copy_(argument)
+        graph.replay()
+        return output.clone()
+
+    return replay
+
+
+def solver_options(options: SampleConfig) -> dict[str, Any]:
+    """The keywords that only one sampler has."""
+    own: dict[str, dict[str, Any]] = {"ddim": {"eta": options.eta}, "ddpm": {"variance": options.variance}}
+    return own.get(options.sampler, {})

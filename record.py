@@ -1,0 +1,103 @@
+"""What a run writes down on its way: rows of metrics.csv, the test loss by noise level, loss.png, previews."""
+
+import csv
+import functools
+import io
+import math
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import nn
+
+import config as configs
+from config import Config, UserError
+from diffusion import Network, diffusion_loss, stratified_timesteps
+from drawing import Order, Trained, choose_labels, draw
+from support import checkpoint, plots
+from support.files import write_atomically
+from support.runtime import generator, to_uint8, to_unit
+
+if TYPE_CHECKING:
+    from train import Run
+
+TEST_STREAM = 4  # of random numbers
+TEST_IMAGES = 1000  # in the fixed-noise test loss
+LEVELS = 10  # bins of t in the loss by noise level
+
+
+def milestone(epoch: float) -> int:
+    """Number of the last point of record passed: 1/16, ..., 1/2, 0.7, 1, 1.4, 2, ... epochs."""
+    return math.floor(2 * math.log2(max(epoch, 1 / 16)) + 1e-9)
+
+
+def record(run: "Run") -> None:
+    """Adds a row to metrics.csv, and draws loss.png and a preview, with the averaged weights."""
+    options, count = run.config.train, len(run.train)
+    network = run.average.module.eval()
+    levels = test_loss(network, run)
+    total, steps = run.history["running"]
+    size = run.schedule.timesteps / LEVELS
+    row = {"step": run.step, "epoch": round(run.step * options.batch_size / count, 6),
+           "images": run.step * options.batch_size, "train_loss": total / max(1, steps),
+           "test_loss": float(np.nanmean(levels)), "skipped": run.history["skipped"],
+           **{f"test_loss_t{round(i * size) + 1}-{round((i + 1) * size)}": level for i, level in enumerate(levels)},
+           "seconds": round(run.history["seconds"], 1)}
+    columns = run.history["columns"]
+    before = max(map(len, columns.values()), default=0)
+    for name in {**columns, **row}:  # a run begun by another version may have other columns
+        columns.setdefault(name, [math.nan] * before).append(row.get(name, math.nan))
+    run.history["running"] = [0.0, 0]
+    if options.preview:
+        draw_preview(network, run)
+
+    def write() -> None:
+        text = io.StringIO()
+        writer = csv.writer(text)
+        writer.writerow(columns)
+        writer.writerows(zip(*columns.values()))
+        write_atomically(run.results / "metrics.csv", lambda file: file.write(text.getvalue().encode()))
+        plots.save_losses(run.results / "loss.png", columns, shipped_losses(run.config),
+                          {"config": str(run.config.diffusion)}, epoch_size=count)
+
+    run.runtime.only_first(write)
+
+
+def draw_preview(network: nn.Module, run: "Run") -> None:
+    options = replace(run.config.sample, sampler="dpmpp-sde", steps=min(10, run.schedule.timesteps), eta=0.0,
+                      variance="posterior", guidance=float(run.config.train.label_dropout < 1))
+    indices = range(run.config.train.preview)
+    order = Order(options, run.config.seed, indices, choose_labels("0123456789", run.config.seed, indices))
+    x = draw(Trained(network, run.schedule, run.config, run.history["data"]), order, run.runtime)
+    run.runtime.only_first(lambda: plots.save_grid(run.results / f"preview-{run.step:07d}.png", to_uint8(x),
+                                                   max(1, round(len(indices) ** 0.5)), {"step": str(run.step)}))
+
+
+def test_loss(network: Network, run: "Run") -> list[float]:
+    """Mean loss in each tenth of the noise levels, over fixed images, timesteps and noise, so that runs compare."""
+    number, timesteps, device = min(TEST_IMAGES, len(run.test)), run.schedule.timesteps, run.runtime.device
+    random = generator("cpu", TEST_STREAM)
+    t = stratified_timesteps(timesteps, number, torch.tensor(0.5))[torch.randperm(number, generator=random)]
+    noise = torch.randn(number, 1, 28, 28, generator=random)
+    losses = []
+    with torch.inference_mode(), run.runtime.autocast():
+        for part in torch.arange(number).split(250):
+            x0, labels = to_unit(run.test.images[part.to(device)]), run.test.labels[part.to(device)]
+            losses.append(diffusion_loss(network, run.schedule, x0, labels, t[part].to(device), noise[part].to(device),
+                                         run.config.train.clip_loss))
+    loss, level = torch.cat(losses).double().cpu(), (t - 1) * LEVELS // timesteps
+    return [loss[level == i].mean().item() if (level == i).any() else math.nan for i in range(LEVELS)]
+
+
+@functools.lru_cache
+def shipped_losses(config: Config) -> dict[str, Any] | None:
+    """The columns of metrics.csv of the weights that come with the project, where they measure the same thing."""
+    try:
+        shipped = checkpoint.load(checkpoint.PRETRAINED)
+        theirs = configs.from_stored(shipped["config"])[0]
+    except UserError:
+        return None
+    same = (theirs.diffusion, theirs.train.clip_loss) == (config.diffusion, config.train.clip_loss)
+    of_this_data = shipped["history"].get("data", {}).get("name") == config.dataset
+    return shipped["history"].get("columns") if same and of_this_data else None

@@ -1,0 +1,259 @@
+"""The measures themselves, as functions of tensors: digit and texture features, Fréchet distance, precision and
+recall, nearest neighbours, class statistics.
+
+Owns the extractor, a small digit classifier whose penultimate layer is the feature space, and reads its one file.
+Images are uint8 [N, 1, 28, 28]; statistics are taken in float64 on the CPU.
+"""
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from config import ROOT, UserError
+from support.checkpoint import read_tensors, weights_digest
+from support.runtime import to_unit
+
+EXTRACTOR = ROOT / "checkpoints" / "extractor.safetensors"
+
+
+# The extractor
+
+
+class Extractor(nn.Module):
+    """forward(x [B, 1, 28, 28] in [-1, 1]) -> (features [B, 64], logits [B, 10]); see benchmarks/train_extractor.py.
+
+    A loaded one also has `digest`, 16 hex digits that name its weights, and `meta`, how they were made.
+    """
+
+    digest: str = ""
+    meta: dict[str, Any] = {}
+
+    def __init__(self) -> None:
+        super().__init__()
+
+        def convolution(channels_in: int, channels: int) -> list[nn.Module]:
+            conv = nn.Conv2d(channels_in, channels, 3, padding=1, bias=False)
+            return [conv, nn.BatchNorm2d(channels), nn.ReLU()]
+
+        self.body = nn.Sequential(
+            *convolution(1, 16), *convolution(16, 16), nn.MaxPool2d(2),  # [B, 16, 14, 14]
+            *convolution(16, 48), *convolution(48, 48), nn.MaxPool2d(2),  # [B, 48, 7, 7]
+            *convolution(48, 96), *convolution(96, 96), nn.MaxPool2d(2),  # [B, 96, 3, 3]
+            nn.Flatten(), nn.Linear(864, 64, bias=False), nn.BatchNorm1d(64), nn.ReLU(),  # [B, 64]
+        )
+        self.head = nn.Linear(64, 10)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        features = self.body(x)
+        return features, self.head(features)
+
+
+def load_extractor(path: Path = EXTRACTOR) -> Extractor:
+    """The extractor in eval mode on the CPU; raises UserError where its file is missing, damaged or of another make."""
+    advice = "restore it from the repository, or train it again with benchmarks/train_extractor.py"
+    state, metadata = read_tensors(path, advice)
+    extractor = Extractor()
+    try:
+        extractor.load_state_dict(state)
+        digest, meta = metadata["digest"], json.loads(metadata["meta"])
+    except (RuntimeError, LookupError, ValueError):
+        raise UserError(f"{path}: it is no classifier that measures digits; {advice}") from None
+    if weights_digest(state) != digest:
+        raise UserError(f"{path}: the weights don't match their digest {digest}, so the file is damaged; {advice}")
+    extractor.digest, extractor.meta = digest, meta
+    return extractor.to(memory_format=torch.channels_last).eval().requires_grad_(False)
+
+
+@dataclass(frozen=True)
+class Features:
+    """What the extractor says of N images, on the CPU."""
+
+    features: Tensor  # float32 [N, 64]
+    probabilities: Tensor  # float32 [N, 10]
+
+
+@torch.no_grad()
+def extract(extractor: Extractor, images: Tensor, batch: int = 500, device: torch.device | str = "cpu") -> Features:
+    """Features and class probabilities of uint8 images [N, 1, 28, 28]; moves the extractor to the device."""
+    extractor = extractor.to(device).eval()
+    features, probabilities = [], []
+    for chunk in images.split(batch):
+        x = to_unit(chunk.to(device)).to(memory_format=torch.channels_last)
+        found, logits = extractor(x)
+        features.append(found.cpu())
+        probabilities.append(logits.softmax(dim=1).cpu())
+    return Features(torch.cat(features), torch.cat(probabilities))
+
+
+# Fréchet distance
+
+
+def moments(features: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean [D] and covariance [D, D] of features [N, D], float64; raises UserError below two of them."""
+    if len(features) < 2:
+        raise UserError(f"{len(features)} images: a covariance needs at least 2; draw more with --num-images")
+    features = features.double().cpu()
+    return features.mean(dim=0), features.T.cov()
+
+
+def frechet_distance(a: Tensor, b: Tensor) -> float:
+    """Squared Fréchet distance of the Gaussians fitted to features a [N, D] and b [M, D] (arXiv 1706.08500, eq. 6).
+
+    It is biased upwards by about 1/N, so only distances at equal N and M compare.
+    """
+    return frechet_from_moments(*moments(a), *moments(b))
+
+
+def frechet_from_moments(mean_a: Tensor, cov_a: Tensor, mean_b: Tensor, cov_b: Tensor) -> float:
+    """|mean_a - mean_b|^2 + tr(cov_a + cov_b - 2 (cov_a cov_b)^(1/2)) of float64 moments, singular ones too."""
+
+    def factor(cov: Tensor) -> Tensor:
+        values, vectors = torch.linalg.eigh(cov)
+        return vectors * values.clamp(min=0).sqrt()  # cov = factor @ factor.T
+
+    # The eigenvalues of cov_a cov_b are the squared singular values of factor_a.T factor_b, none of them negative.
+    cross = torch.linalg.svdvals(factor(cov_a).T @ factor(cov_b)).sum()
+    distance = (mean_a - mean_b).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross
+    return max(0.0, distance.item())
+
+
+# Texture: what digit features do not see
+
+
+def texture_filters() -> Tensor:
+    """The eight 3x3 cosine (DCT-II) filters without a mean, orthonormal: [8, 1, 3, 3]."""
+    waves = torch.tensor([[1.0, 1, 1], [1, 0, -1], [1, -2, 1]])
+    waves /= waves.norm(dim=1, keepdim=True)
+    return torch.einsum("ik,jl->ijkl", waves, waves).reshape(9, 1, 3, 3)[1:]
+
+
+@torch.no_grad()
+def texture_features(images: Tensor, batch: int = 1000) -> Tensor:
+    """Local contrast of uint8 images at two scales -> float32 [N, 32]; blind to where on the image it is.
+
+    Responses r of fixed zero-mean filters to pixels in grey levels, taken as log(1 + |r|), which lifts what is faint;
+    their mean and mean square over the image. Grain on the background, blur and lost contrast all move them. The
+    filters are fixed rather than random, so that figures compare across machines and versions.
+    """
+    filters, found = texture_filters(), []
+    for chunk in images.cpu().split(batch):
+        pooled = []
+        for dilation in (1, 2):
+            strength = F.conv2d(chunk.float(), filters, dilation=dilation).abs().log1p()  # [B, 8, 26, 26], [.., 24, 24]
+            pooled += [strength.mean(dim=(2, 3)), strength.square().mean(dim=(2, 3))]  # each [B, 8]
+        found.append(torch.cat(pooled, dim=1))
+    return torch.cat(found)
+
+
+def zero_share(images: Tensor) -> float:
+    """Share of all pixels that are exactly 0; about 0.81 in MNIST."""
+    return (images == 0).double().mean().item()
+
+
+# Precision, recall, coverage
+
+
+class Overlap(NamedTuple):
+    """How two sets of features overlap; every share is 1 at best, and density about 1 for two sets of one source."""
+
+    precision: float  # share of fakes within some real ball
+    recall: float  # share of reals within some fake ball
+    density: float  # real balls around each fake, over k
+    coverage: float  # share of real balls that hold a fake
+
+
+def precision_recall_coverage(real: Tensor, fake: Tensor, k: int = 5, block: int = 1000) -> Overlap:
+    """Overlap of features real [N, D] and fake [M, D]: precision and recall of arXiv 1904.06991, eq. 1 and 2; density
+    and coverage of 2002.09797, eq. 3 and 4.
+
+    A ball reaches from a point to its k-th nearest neighbour in its own set. Raises UserError below k + 1 images.
+    """
+    if min(len(real), len(fake)) <= k:
+        raise UserError(f"{min(len(real), len(fake))} images: precision and recall need more than {k}; "
+                        "draw more with --num-images")
+    real, fake = real.double().cpu(), fake.double().cpu()  # in float32, matrix products would blur small distances
+    real_radius, fake_radius = _radius(real, k, block), _radius(fake, k, block)  # [N], [M]
+    balls, in_real = 0, 0
+    in_fake, covered = torch.zeros(len(real), dtype=torch.bool), torch.zeros(len(real), dtype=torch.bool)
+    for chunk, radius in zip(fake.split(block), fake_radius.split(block)):
+        distance = torch.cdist(chunk, real)  # [B, N]
+        inside = distance <= real_radius
+        in_real += int(inside.any(dim=1).sum())
+        balls += int(inside.sum())
+        covered |= inside.any(dim=0)
+        in_fake |= (distance <= radius[:, None]).any(dim=0)
+    return Overlap(precision=in_real / len(fake), recall=in_fake.double().mean().item(),
+                   density=balls / (k * len(fake)), coverage=covered.double().mean().item())
+
+
+def _radius(points: Tensor, k: int, block: int) -> Tensor:
+    """Distance of each of the points [N, D] to its k-th nearest other one -> [N]."""
+    nearest = [torch.cdist(chunk, points).topk(k + 1, largest=False).values[:, k] for chunk in points.split(block)]
+    return torch.cat(nearest)  # the nearest of all is the point itself
+
+
+# Memorisation
+
+
+@torch.no_grad()
+def nearest(queries: Tensor, references: Tensor, block: int = 500) -> tuple[Tensor, Tensor]:
+    """Distance float64 [N] of each of the queries [N, ...] to its nearest reference [M, ...], and its index int64 [N].
+
+    The search runs on matrix products in float32, on the device of the references; the winner's distance is exact.
+    """
+    flat = references.flatten(1).float()  # [M, D]
+    centre = flat.mean(dim=0)
+    flat = flat - centre  # small numbers cancel less
+    half_norm = flat.norm(dim=1).square() / 2  # [M]
+    distances, indices = [], []
+    for chunk in queries.split(block):
+        shifted = chunk.flatten(1).to(flat) - centre
+        index = torch.addmm(half_norm, shifted, flat.T, alpha=-1).argmin(dim=1).to(references.device)  # [B]
+        found = references[index].flatten(1).cpu().double()
+        distances.append((chunk.flatten(1).cpu().double() - found).norm(dim=1))
+        indices.append(index.cpu())
+    return torch.cat(distances), torch.cat(indices)
+
+
+def memorisation(generated: Tensor, test: Tensor) -> dict[str, float]:
+    """Compares distances [N] of generated images to their nearest training image with those [M] of unseen test images.
+
+    A model that copies draws nearer to its training set than unseen digits lie: a ratio of medians well below 1, and
+    a share closer than the test set's 1% quantile well above 0.01.
+    """
+    generated, test = generated.double().cpu(), test.double().cpu()
+    median, expected = generated.median().item(), test.median().item()
+    return {"median": median, "test_median": expected, "ratio": median / expected if expected > 0 else math.inf,
+            "share_closer": (generated < test.quantile(0.01)).double().mean().item()}
+
+
+# What the classifier says
+
+
+def sure_share(probabilities: Tensor, threshold: float = 0.9) -> float:
+    """Share of the images whose likeliest class has a probability above the threshold; probabilities [N, 10]."""
+    return (probabilities.amax(dim=1) > threshold).double().mean().item()
+
+
+def drawn_as_asked(probabilities: Tensor, labels: Tensor) -> float:
+    """Share of the images whose likeliest class is the label asked for; probabilities [N, 10], labels int64 [N]."""
+    return (probabilities.argmax(dim=1) == labels.to(probabilities.device)).double().mean().item()
+
+
+def class_histogram(probabilities: Tensor) -> Tensor:
+    """Number of images of each likeliest class, int64 [10]."""
+    return torch.bincount(probabilities.argmax(dim=1), minlength=probabilities.shape[1])
+
+
+def chi_square(counts: Tensor, expected: Tensor) -> tuple[float, float]:
+    """Pearson's statistic and its p-value for counts [K] against expected counts [K] of the same total."""
+    counts, expected = counts.double(), expected.double()
+    statistic = ((counts - expected).square() / expected).sum()
+    freedom = torch.tensor((len(counts) - 1) / 2, dtype=torch.float64)
+    return statistic.item(), torch.special.gammaincc(freedom, statistic / 2).item()
