@@ -81,15 +81,15 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class SampleConfig:
-    """sample: how images are drawn (also by evaluate)"""
+    """sample: how images are drawn (also by evaluate and compare)"""
 
-    num_images: Annotated[int, Ge(1), Le(10**6)] | None = None  # unset: 256 in sample, 10000 in evaluate
+    num_images: Annotated[int, Ge(1), Le(10**6)] | None = None  # unset: 256, or 10000 where they are measured
     sampler: Literal["ddpm", "ddim", "dpmpp", "dpmpp-sde", "unipc"] = "dpmpp-sde"  # reverse process
     steps: Annotated[int, Ge(1), Le(100_000)] = 10  # each evaluates the network once, with guidance twice
     eta: Share = 0.0  # ddim: noise added in each step, 0 (none) to 1 (as ddpm)
     variance: Literal["posterior", "upper"] = "posterior"  # ddpm: beta-tilde or beta (2006.11239, section 3.2)
     guidance: Annotated[float, Ge(0), Le(100)] = 1.14  # x0 = free + guidance * (labelled - free) (2207.12598); 1: off
-    digits: Asked | None = None  # digits to draw, cycled ("7", "0123456789"), or "none" for no label; unset: at random
+    digits: Asked | None = None  # digits to draw, cycled ("7", "0123456789"), or "none"; unset: as in the data
     write: Written | None = None  # a number to write in one line, such as 20261123, into number.png
     checkpoint: Path | None = None  # file to draw from; unset: checkpoints/<name>/last.safetensors, else what ships
 
@@ -104,10 +104,18 @@ class EvaluateConfig:
 
 
 @dataclass(frozen=True)
+class CompareConfig:
+    """compare: did a change help?"""
+
+    # Two sides, each a run's name, a checkpoint, "pretrained", or several runs a,b,c; with drawing flags in quotes.
+    runs: tuple[str, str] | None = None
+
+
+@dataclass(frozen=True)
 class Config:
     """Train a small diffusion model of handwritten digits, draw with it, and measure it."""
 
-    mode: Literal["train", "sample", "evaluate"] = "train"  # what `python run.py` does
+    mode: Literal["train", "sample", "evaluate", "compare"] = "train"  # what `python run.py` does
     name: RunName | None = None  # name of the run, in checkpoints/ and results/; unset: the data set's name
     dataset: Literal["auto", "mnist", "generated", "idx"] = "auto"  # auto: mnist, else, offline, the generated digits
     data_dir: Path | None = None  # folder of mnist/MNIST/raw, or of four IDX files; unset: dataset/
@@ -120,23 +128,28 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    compare: CompareConfig = field(default_factory=CompareConfig)
 
 
-GROUPS = ("model", "diffusion", "train", "sample", "evaluate")
+GROUPS = ("model", "diffusion", "train", "sample", "evaluate", "compare")
 STORED = ("dataset", "seed", "precision", "model", "diffusion", "train")  # what a checkpoint keeps of its config
 # Training does not depend on these, so a run that is continued may have others.
 FREE = ("epochs", "minutes", "preview", "fresh", "same_code")
 RESERVED = "pretrained"  # the name of what ships
 
 
-def parse(argv: list[str]) -> Config:
-    """Config from flags over the defaults above; raises UserError for a bad flag, SystemExit(0) after --help."""
+def parse(argv: list[str], defaults: Config | None = None) -> Config:
+    """Config from flags over the defaults, those above unless others are given.
+
+    Raises UserError for a bad flag, SystemExit(0) after --help.
+    """
     import tyro
 
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            config = tyro.cli(tyro.conf.OmitArgPrefixes[Config], args=argv, prog="run.py", description=Config.__doc__)
+            config = tyro.cli(tyro.conf.OmitArgPrefixes[Config], args=argv, prog="run.py", description=Config.__doc__,
+                              default=defaults or Config())
     except SystemExit as stop:
         if stop.code == 0:  # --help
             raise

@@ -36,6 +36,7 @@ MNIST_MD5 = {"train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
              "train-labels-idx1-ubyte": "a25bea736e30d166cdddb491f175f624",
              "t10k-images-idx3-ubyte": "2646ac647ad5339dbf082846283269ea",
              "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637"}
+MNIST_DIGEST = "d18cfd466eb143ac"  # of its training images and labels, as `describe` gives it
 GENERATED = ROOT / "dataset" / "generated"  # drawn by benchmarks/generate_digits.py
 GENERATED_MD5 = {"train-images-idx3-ubyte": "966bf8c918c4a4f7ff76fe7ddd98fee7",
                  "train-labels-idx1-ubyte": "39fc248b2bcfd018df20ef93690f4ec3",

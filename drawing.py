@@ -16,16 +16,18 @@ from torch import Tensor
 from tqdm import tqdm
 
 import config as configs
-from config import NO_LABEL, Config, SampleConfig, UserError
+from config import CLASSES, NO_LABEL, Config, SampleConfig, UserError
 from dataset import NOTICE
 from diffusion import Network, NoiseSchedule, make_denoiser
 from model import UNet
 from samplers import SAMPLERS, spaced_timesteps
 from support import checkpoint, plots
-from support.runtime import Runtime, generator, seed_of, to_uint8
+from support.runtime import Runtime, generator, to_uint8
 
 NOISE_STREAM, DIGIT_STREAM = 2, 3  # of random numbers; train.py owns stream 1
 SHOWN = 6  # images in the pictures of the process
+BLOCK = 100  # images whose labels are a design together
+GOLDEN = (5**0.5 - 1) / 2
 
 
 @dataclass(frozen=True)
@@ -35,10 +37,17 @@ class Trained:
     network: Network
     schedule: NoiseSchedule
     config: Config
-    data: dict[str, Any]  # of the training images: name, digest, classes, pixel mean and standard deviation
+    history: dict[str, Any]  # of its training: "data" (of the images: name, digest, class counts, ...), seconds, code
     digest: str = ""
     step: int = 0
     path: Path = Path()
+
+    @property
+    def data(self) -> dict[str, Any]:
+        return self.history.get("data", {})
+
+    def labels(self, digits: str | None, seed: int, count: int) -> Tensor:
+        return choose_labels(digits, seed, range(count), self.data.get("classes", ()))
 
 
 @dataclass(frozen=True)
@@ -89,7 +98,7 @@ def load_trained(config: Config, runtime: Runtime) -> Trained:
     checkpoint.load_weights(network, state["ema"], path)
     network = network.eval().requires_grad_(False).to(runtime.device).to(memory_format=torch.channels_last)
     schedule = NoiseSchedule(alpha_bar, stored.diffusion.prediction, stored.diffusion.weighting)
-    return Trained(network, schedule, stored, state["history"].get("data", {}), checkpoint.weights_digest(state["ema"]),
+    return Trained(network, schedule, stored, state["history"], checkpoint.weights_digest(state["ema"]),
                    state["step"], path)
 
 
@@ -117,13 +126,26 @@ def guided(options: SampleConfig, trained: Trained, runtime: Runtime) -> SampleC
     return replace(options, guidance=1.0) if options.digits == "none" or dropout == 0 else options
 
 
-def choose_labels(digits: str | None, seed: int, indices: Sequence[int]) -> Tensor:
-    """Labels int64 [N]: each image's own at random, or `digits` cycled over the image indices; 10 for "none"."""
-    if digits is None:
-        return torch.tensor([seed_of(seed, DIGIT_STREAM, index) % 10 for index in indices])
+def choose_labels(digits: str | None, seed: int, indices: Sequence[int], classes: Sequence[int] = ()) -> Tensor:
+    """Labels int64 [N] of images: a design, no luck. `digits` cycled over the image indices; 10 for "none".
+
+    Unset: images 100b .. 100b+99 have labels in the shares of the training images' `classes` (their counts; unknown:
+    all alike), to within one, in an order that follows from (seed, b). Which classes are rounded up changes from block
+    to block, so that many blocks have the shares to within two.
+    """
     if digits == "none":
         return torch.full((len(indices),), NO_LABEL)
-    return torch.tensor([int(digits[index % len(digits)]) for index in indices])
+    if digits is not None:
+        return torch.tensor([int(digits[index % len(digits)]) for index in indices])
+    shares = torch.tensor(classes or [1] * CLASSES, dtype=torch.float64)
+    edges = shares.cumsum(0) / shares.sum()
+    blocks: dict[int, Tensor] = {}
+    for block in {index // BLOCK for index in indices}:
+        offset = (block + 0.5) * GOLDEN % 1  # a sequence that fills [0, 1) evenly, wherever it ends
+        grid = (torch.arange(BLOCK, dtype=torch.float64) + offset) / BLOCK
+        labels = torch.searchsorted(edges, grid, right=True).clamp(max=int(shares.nonzero().max()))
+        blocks[block] = labels[torch.randperm(BLOCK, generator=generator("cpu", seed, DIGIT_STREAM, block))]
+    return torch.stack([blocks[index // BLOCK][index % BLOCK] for index in indices])
 
 
 def origin(trained: Trained, order: Order) -> dict[str, str]:

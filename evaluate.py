@@ -1,15 +1,13 @@
 """mode evaluate: which numbers, against which control rows; and the sweep over samplers and steps.
 
-Drawn images are compared with the 10,000 test images. The same code measures as many real training images (the
-floor: no model can be expected to do better) and pure noise, so every figure stands beside its control.
+Drawn images are measured by `yardstick`, beside as many real training images (the floor), the test set and noise.
 """
 
 import csv
 import io
 import json
-import math
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,39 +15,21 @@ import torch
 from torch import Tensor
 
 import config as configs
+import dataset
 from config import Config, SampleConfig, UserError
-from dataset import Digits, data_folder, load_shared, resolve
-from drawing import Order, Trained, announce, choose_labels, draw, guided, load_trained, origin
+from drawing import Order, Trained, announce, draw, guided, load_trained, origin
 from likelihood import Likelihood, bound, bound_images
 from samplers import SAMPLERS, spaced_timesteps
-from support import metrics, plots
+from support import plots
 from support.files import make_folder, write_atomically
-from support.runtime import Clock, Runtime, generator, to_uint8
+from support.runtime import Clock, Runtime, to_uint8
+from support.statistics import deviation, mean
+from yardstick import FEWEST, FEWEST_BLOCKS, MEASURES, Row, Yardstick, require_known
 
-FLOOR_STREAM = 7  # of random numbers; see train.py, drawing.py and likelihood.py for others
-FEWEST = 200  # images, below which the features' covariance says nothing
 SWEEP_STEPS = (5, 8, 10, 15, 25, 50)
 SWEEP_IMAGES = 2000
 PAIRS = 8  # in neighbours.png
-
-# Key, heading, format, and whether a ratio to the floor means something.
-COLUMNS = (("frechet", "Fréchet", "{:.3f}", True), ("texture", "texture", "{:.3f}", True), ("precision", "prec.", "{:.3f}", True),
-           ("recall", "recall", "{:.3f}", True), ("coverage", "cover.", "{:.3f}", True), ("sure", "sure", "{:.2%}", True),
-           ("asked", "as asked", "{:.2%}", False), ("zeros", "zeros", "{:.2%}", True), ("chi_square", "chi²(9)", "{:.1f}", False),
-           ("nearest_pixels", "nn pixel", "{:.2f}", True), ("nearest_features", "nn feat.", "{:.2f}", True))
-
-
-@dataclass(frozen=True)
-class Reference:
-    """What drawn images are compared with, on the CPU."""
-
-    extractor: metrics.Extractor
-    train: Digits
-    test: Digits
-    train_features: Tensor
-    test_features: metrics.Features
-    test_texture: Tensor
-    test_distances: dict[str, Tensor]  # "pixels", "features": of test images to their nearest training image
+COPIES = 0.03  # share of images nearer than the test set's nearest 1%, from which copying is called out
 
 
 def run(config: Config, runtime: Runtime) -> None:
@@ -57,217 +37,198 @@ def run(config: Config, runtime: Runtime) -> None:
     count = config.sample.num_images or (SWEEP_IMAGES if config.evaluate.sweep else 10_000)
     if count < FEWEST:
         raise UserError(f"--num-images {count}: the measures need at least {FEWEST} images; draw more")
-    clock, name = Clock(runtime), configs.run_name(config)
-    extractor = metrics.load_extractor()
+    clock = Clock(runtime)
     trained = load_trained(config, runtime)
-    config = replace(config, sample=guided(config.sample, trained, runtime))
+    config = dataset.resolve(replace(config, sample=guided(config.sample, trained, runtime)), runtime)
+    options = config.sample
     if not config.evaluate.sweep:
-        spaced_timesteps(trained.schedule.timesteps, config.sample.steps)  # an impossible number is answered now
-    config = resolve(config, runtime)
-    train, test = load_shared(config, "train", runtime), load_shared(config, "test", runtime)
-    if min(len(train), len(test)) < FEWEST:
-        raise UserError(f"{data_folder(config)}: {min(len(train), len(test))} real images are too few to compare with; at "
-                        f"least {FEWEST} are needed")
-    folder = make_folder(Path("results") / name)
+        spaced_timesteps(trained.schedule.timesteps, options.steps)  # an impossible number is answered now
+    train, test = (dataset.load_shared(config, split, runtime) for split in ("train", "test"))
+    require_known(config, train)
+    folder = make_folder(Path("results") / configs.run_name(config))
     announce(trained, config, runtime)
-    if trained.data.get("name") != config.dataset:
-        runtime.say(f"note: this checkpoint was trained on {trained.data.get('name')}, and is compared with {config.dataset}.")
+    if trained.data.get("digest") != dataset.describe(train, "")["digest"]:
+        runtime.say(f"note: this checkpoint was trained on other images ({trained.data.get('name')}) than it is "
+                    f"compared with ({config.dataset}).")
+    orders = [Order(options, seed, range(count), trained.labels(options.digits, seed, count))
+              for seed in range(config.seed, config.seed + config.evaluate.seeds)]
     clock.lap("load")
-    reference = make_reference(extractor, train, test) if runtime.first else None
-    clock.lap("reference")
+    made: list[Yardstick] = []
+    runtime.only_first(lambda: made.append(Yardstick(train, test, orders[0].labels)))
+    clock.lap("look at real images")
+    yardstick = made[0] if runtime.first else None
     if config.evaluate.sweep:
-        paths = sweep(trained, config, reference, count, folder, runtime)
+        paths = sweep(trained, orders[0], yardstick, folder, runtime)
         clock.lap("sweep")
     else:
-        paths = measure_all(trained, config, reference, count, folder, runtime, clock)
+        likelihood = bound(trained, train, test, runtime) if config.evaluate.bound else None
+        clock.lap("bound")
+        paths = measure_all(trained, orders, yardstick, likelihood, folder, runtime, clock)
     for path in paths:
         runtime.say(f"  {path}")
     runtime.say(clock)
 
 
-def make_reference(extractor: metrics.Extractor, train: Digits, test: Digits) -> Reference:
-    train_features = metrics.extract(extractor, train.images).features
-    test_features = metrics.extract(extractor, test.images)
-    distances = {"pixels": metrics.nearest(test.images, train.images)[0] / 255,  # intensities in [0, 1]
-                 "features": metrics.nearest(test_features.features, train_features)[0]}
-    return Reference(extractor, train, test, train_features, test_features, metrics.texture_features(test.images), distances)
-
-
-def measure(images: Tensor, reference: Reference, asked: Tensor | None = None, quick: bool = False) -> dict[str, Any]:
-    """Every measure of uint8 images [N, 1, 28, 28] against the test set; `quick` leaves out the nearest neighbours."""
-    found = metrics.extract(reference.extractor, images)
-    features, probabilities = found.features, found.probabilities
-    test = reference.test_features
-    histogram = metrics.class_histogram(probabilities)
-    wanted = torch.bincount(asked, minlength=11)[:10] if asked is not None and int(asked.max()) < 10 else None
-    expected = metrics.class_histogram(test.probabilities).double() if wanted is None else wanted.double()
-    overlap = metrics.precision_recall_coverage(test.features, features)
-    # A digit that was never asked for can't be in a chi-square sum.
-    present = expected > 0
-    statistic, p_value = metrics.chi_square(histogram[present], expected[present] / expected.sum() * len(images))
-    row: dict[str, Any] = {
-        "frechet": metrics.frechet_distance(features, test.features),
-        "texture": metrics.frechet_distance(metrics.texture_features(images), reference.test_texture),
-        "precision": overlap.precision, "recall": overlap.recall, "density": overlap.density, "coverage": overlap.coverage,
-        "sure": metrics.sure_share(probabilities), "zeros": metrics.zero_share(images),
-        "chi_square": statistic, "chi_square_p": p_value, "histogram": histogram.tolist()}
-    if asked is not None and wanted is not None:
-        row["asked"] = metrics.drawn_as_asked(probabilities, asked)
-    if not quick:
-        for space, queries, train in (("pixels", images, reference.train.images), ("features", features, reference.train_features)):
-            distances, indices = metrics.nearest(queries, train)
-            distances = distances / 255 if space == "pixels" else distances
-            row |= {f"nearest_{space}": distances.median().item(), f"memorisation_{space}":
-                    metrics.memorisation(distances, reference.test_distances[space]), f"_{space}": (distances, indices)}
-    return row
-
-
-def measure_all(trained: Trained, config: Config, reference: Reference | None, count: int, folder: Path, runtime: Runtime,
-                clock: Clock) -> list[Path]:
-    """The table of the model and its control rows, the bound, metrics.json, evaluation.png and neighbours.png."""
-    options = config.sample
-    rows: list[dict[str, Any]] = []
-    drawn: Tensor | None = None
-    for seed in range(config.seed, config.seed + config.evaluate.seeds):
-        labels = choose_labels(options.digits, seed, range(count))
-        began = time.perf_counter()
-        x = draw(trained, Order(options, seed, range(count), labels), runtime, progress=True)
-        seconds = time.perf_counter() - began
-        clock.lap(f"draw {count}")
-        if reference is not None:
-            drawn = to_uint8(x) if drawn is None else drawn
-            rows.append(measure(to_uint8(x), reference, labels) | {"seed": seed, "seconds": round(seconds, 1)})
+def measure_all(trained: Trained, orders: list[Order], yardstick: Yardstick | None, likelihood: Likelihood | None,
+                folder: Path, runtime: Runtime, clock: Clock) -> list[Path]:
+    """The table of the model and its control rows, metrics.json, evaluation.png and neighbours.png."""
+    rows: list[Row] = []
+    for order in reversed(orders):
+        images = to_uint8(draw(trained, order, runtime, progress=True))
+        clock.lap(f"draw {len(images)}")
+        if yardstick is not None:
+            rows.insert(0, yardstick.measure(images, order.labels))
             clock.lap("measure")
-    if reference is None or drawn is None:
+    if yardstick is None:
         runtime.barrier()
         return []
-    controls = control_rows(reference, count, config.seed)
+    print(table(rows, yardstick, len(orders[0].indices)))
     clock.lap("measure controls")
-    likelihood = None
-    if config.evaluate.bound:
-        likelihood = bound(trained, reference.train, reference.test, runtime)
-        clock.lap("bound")
-
-    average = {key: mean([row[key] for row in rows]) for key, *_ in COLUMNS if key in rows[0]}
-    spread = {key: deviation([row[key] for row in rows]) for key in average} if len(rows) > 1 else {}
-    print(table(average, spread, controls, count))
-    print(explain(rows[0], likelihood, reference))
-    source = origin(trained, Order(options, config.seed, [], torch.tensor([])))
-    public = [{key: value for key, value in row.items() if not key.startswith("_")} for row in rows]
-    report: dict[str, Any] = {"drawn_with": source, "images": count, "extractor": reference.extractor.digest, "mean": average, "spread": spread,
-              "seeds": public, "controls": {name: {k: v for k, v in row.items() if not k.startswith("_")} for name, row in controls.items()},
-              "ratio_to_floor": {key: average[key] / controls["floor"][key] for key, _, _, ratio in COLUMNS
-                                 if ratio and key in average and controls["floor"].get(key)}}
+    print(explain(rows[0], yardstick))
+    source = origin(trained, orders[0])
+    report: dict[str, Any] = {
+        "drawn_with": source, "images": len(orders[0].indices), "extractor": yardstick.extractor.digest,
+        "seeds": [public(row) | {"seed": order.seed} for row, order in zip(rows, orders)],
+        "mean": {key: mean([row.values[key] for row in rows]) for key in rows[0].values},
+        "over_floor": {key: yardstick.over_floor(key, rows[0]) for key in ("within", "frechet", "texture")
+                       if key in rows[0].values},
+        "controls": {name: public(row) for name, row in controls(yardstick).items()}}
     if likelihood is not None:
-        report["bound"] = asdict(likelihood) | {"by_timestep": {str(t): v for t, v in likelihood.by_timestep.items()}}
+        print(explain_bound(likelihood, len(bound_images(yardstick.test))))
+        report["bound"] = asdict(likelihood)
     text = json.dumps(report, indent=1)
     write_atomically(folder / "metrics.json", lambda file: file.write(text.encode()))
-    floor = controls["floor"]
-    ratios = {"all": (average["frechet"] / floor["frechet"], None), "texture": (average["texture"] / floor["texture"], None)}
-    pictured: dict[str, Any] = {
-        "histogram": {"model": rows[0]["histogram"], "asked": torch.bincount(labels, minlength=11)[:10].tolist()},
-        "distances_over_floor": ratios,
-        "manifold": {"model": average, "real (floor)": floor, "noise": controls["noise"]},
-        "neighbours": {"model": rows[0]["_pixels"][0].numpy(), "test": reference.test_distances["pixels"].numpy()}}
-    if likelihood is not None:
-        pictured["by_timestep"] = {"t": list(likelihood.by_timestep), "bits": list(likelihood.by_timestep.values())}
-    plots.save_evaluation(folder / "evaluation.png", pictured, source)
-    distances, indices = rows[0]["_pixels"]
-    closest = distances.argsort()[:PAIRS]
-    plots.save_neighbours(folder / "neighbours.png", drawn[closest], reference.train.images[indices[closest]],
-                          distances[closest].tolist(), source)
+    save_pictures(folder, images, rows[0], yardstick, likelihood, source)
     runtime.barrier()
     return [folder / name for name in ("metrics.json", "evaluation.png", "neighbours.png")]
 
 
-def control_rows(reference: Reference, count: int, seed: int, quick: bool = False) -> dict[str, dict[str, Any]]:
-    """"floor": as many real training images, at random; "noise": pixels of a standard normal distribution."""
-    random = generator("cpu", seed, FLOOR_STREAM)
-    chosen = torch.randperm(len(reference.train), generator=random)[:count]
-    noise = to_uint8(torch.randn(count, 1, 28, 28, generator=random))
-    floor = measure(reference.train.images[chosen], reference, quick=True)  # a training image's nearest is itself
-    rows = {"floor": floor, "noise": measure(noise, reference, quick=quick)}
-    if not quick:
-        for space, distances in reference.test_distances.items():
-            floor[f"nearest_{space}"] = distances.median().item()  # of test images instead
-    return rows
+def controls(yardstick: Yardstick) -> dict[str, Row]:
+    return {"real (floor)": yardstick.floor, "other writers": yardstick.other_writers, "noise": yardstick.noise}
 
 
-def table(average: dict[str, float], spread: dict[str, float], controls: dict[str, dict[str, Any]], count: int) -> str:
-    """The aligned table for the terminal: the model, its spread over seeds, the controls, and the ratio to the floor."""
-    def cells(row: dict[str, Any]) -> list[str]:
-        return [form.format(row[key]) if key in row else "-" for key, _, form, _ in COLUMNS]
+def public(row: Row) -> dict[str, Any]:
+    return {"values": row.values, "errors": row.errors, "within_classes": row.classes, "memorisation": row.memorisation}
 
-    floor = controls["floor"]
-    ratios = [f"{average[key] / floor[key]:.2f}x" if ratio and key in average and floor.get(key) else "" for key, _, _, ratio in COLUMNS]
-    lines = [[f"N = {count:,}", *(heading for _, heading, _, _ in COLUMNS)], ["model", *cells(average)]]
-    if spread:
-        lines.append(["  spread", *cells(spread)])
-    lines += [["  ratio to floor", *ratios], ["real (floor)", *cells(floor)], ["noise", *cells(controls["noise"])]]
+
+def table(rows: list[Row], yardstick: Yardstick, count: int) -> str:
+    """The aligned table for the terminal: the model, its errors, its spread over seeds, and the controls."""
+    average = {key: mean([row.values[key] for row in rows]) for key in rows[0].values}
+
+    def cells(values: dict[str, float]) -> list[str]:
+        return [m.form.format(values[m.key]) if m.key in values else "" for m in MEASURES]
+
+    lines = [[f"N = {count:,}", *(m.heading for m in MEASURES)], ["model", *cells(average)]]
+    if rows[0].errors:
+        lines.append(["  ± standard error", *cells(rows[0].errors)])
+    if len(rows) > 1:
+        lines.append([f"  spread of {len(rows)} drawings", *cells({key: deviation([row.values[key] for row in rows])
+                                                                   for key in average})])
+    ratios = {m.key: yardstick.over_floor(m.key, replace(rows[0], values=average)) for m in MEASURES
+              if m.good == "low" and m.key in average}
+    lines.append(["  times the floor", *(times(ratios.get(m.key)) for m in MEASURES)])
+    for name, row in controls(yardstick).items():
+        lines.append([name, *cells(row.values)])
+        if row is yardstick.floor:
+            lines.append([f"  spread of {len(yardstick.sets)} sets", *cells(row.errors)])
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    return "\n".join("  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths)))
+    return "\n".join("  ".join(cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(line, widths)))
                      for line in lines)
 
 
-def explain(row: dict[str, Any], likelihood: Likelihood | None, reference: Reference) -> str:
-    pixels, features = row["memorisation_pixels"], row["memorisation_features"]
-    said = (
-        f"Memorisation: median distance to the nearest training image {pixels['ratio']:.2f}x that of test images in pixels, "
-        f"{features['ratio']:.2f}x in features;\n  closer than the closest 1% of test images: {pixels['share_closer']:.2%} "
-        f"and {features['share_closer']:.2%} (1% is what unseen real digits give).\n"
-        f"Class histogram against what was asked: chi-square(9) = {row['chi_square']:.1f}, p = {row['chi_square_p']:.3f}. "
-        f"Extractor {reference.extractor.digest}.")
-    if likelihood is None:
-        return said
-    return (
-        f"Bound: {likelihood.bits_per_dim:.3f} ± {likelihood.standard_error:.3f} bits/dim on "
-        f"{len(bound_images(reference.test)):,} test images (L_T {likelihood.L_T:.5f} + KL {likelihood.L_kl:.3f} + L_0 "
-        f"{likelihood.L_0:.3f}): an upper bound, for 8-bit 28x28 images, unpadded, without labels;\n"
-        f"  the variances of the reverse process were chosen on training images.\n{said}")
+def times(ratio: tuple[float, float | None] | None) -> str:
+    """A ratio to the floor with its error, such as 5.1±0.2x."""
+    if ratio is None:
+        return ""
+    digits = 2 if ratio[0] < 10 else 1
+    return f"{ratio[0]:.{digits}f}x" if ratio[1] is None else f"{ratio[0]:.{digits}f}±{ratio[1]:.{digits}f}x"
 
 
-def sweep(trained: Trained, config: Config, reference: Reference | None, count: int, folder: Path, runtime: Runtime) -> list[Path]:
+def explain(row: Row, yardstick: Yardstick) -> str:
+    """What the table's numbers don't say by themselves."""
+    lines = ["Distances are to the training images, lower is better; all else is best where real images are. Other "
+             "writers: the test set."]
+    if row.left_out:
+        lines.append("Errors are by jackknife over blocks of labels; near the floor they are on the wide side.")
+    else:
+        lines.append(f"No errors of distances are given below {100 * FEWEST_BLOCKS:,} images.")
+    if row.classes:
+        over = {k: value / yardstick.floor.classes[k] for k, value in row.classes.items()}
+        worst, best = max(over, key=lambda k: over[k]), min(over, key=lambda k: over[k])
+        lines.append(f"Within classes: worst {worst} ({row.classes[worst]:.3f}, {over[worst]:.1f}x its floor), best "
+                     f"{best} ({row.classes[best]:.3f}, {over[best]:.1f}x).")
+    pixels, features = row.memorisation["pixels"], row.memorisation["features"]
+    nearer = max(pixels["share_closer"], features["share_closer"])
+    verdict = "COPIES: far more than unseen digits lie that near" if nearer > COPIES else "no sign of copying"
+    lines.append(f"Memorisation: {pixels['share_closer']:.2%} of the images in pixels, {features['share_closer']:.2%} "
+                 f"in features, lie nearer to a training image than the nearest 1% of test images: {verdict}.")
+    return "\n".join([*lines, f"Extractor {yardstick.extractor.digest}."])
+
+
+def explain_bound(likelihood: Likelihood, images: int) -> str:
+    return (f"Bound: {likelihood.bits_per_dim:.3f} ± {likelihood.standard_error:.3f} bits/dim on {images:,} test images"
+            f" (L_T {likelihood.L_T:.5f} + KL {likelihood.L_kl:.3f} + L_0 {likelihood.L_0:.3f}): an upper bound,\n"
+            "for 8-bit 28x28 images, unpadded, without labels; its variances were chosen on training images.")
+
+
+def save_pictures(folder: Path, images: Tensor, row: Row, yardstick: Yardstick, likelihood: Likelihood | None,
+                  source: dict[str, str]) -> None:
+    floor, test = yardstick.floor, yardstick.other_writers
+
+    def over_floor(row: Row) -> dict[str, tuple[float, float | None]]:
+        named = {"all": "frechet", "texture": "texture"}
+        within = {str(k): (row.classes[k] / floor.classes[k], None) for k in row.classes if k in floor.classes}
+        return {name: yardstick.over_floor(key, row) for name, key in named.items()} | within
+
+    pictured: dict[str, Any] = {
+        "histogram": {"model": row.histogram, "asked": torch.bincount(yardstick.labels, minlength=10).tolist()},
+        "distances_over_floor": over_floor(row), "other_writers": over_floor(test),
+        "manifold": {"model": row.values, "real (floor)": floor.values, "noise": yardstick.noise.values},
+        "neighbours": {"model": row.neighbours["pixels"][0].numpy(),
+                       "test": yardstick.test_neighbours["pixels"][0].numpy()}}
+    if likelihood is not None:
+        pictured["by_timestep"] = {"t": list(likelihood.by_timestep), "bits": list(likelihood.by_timestep.values())}
+    plots.save_evaluation(folder / "evaluation.png", pictured, source)
+    distances, indices = row.neighbours["pixels"]
+    closest = distances.argsort()[:PAIRS]
+    plots.save_neighbours(folder / "neighbours.png", images[closest], yardstick.train.images[indices[closest]],
+                          distances[closest].tolist(), source)
+
+
+def sweep(trained: Trained, order: Order, yardstick: Yardstick | None, folder: Path, runtime: Runtime) -> list[Path]:
     """The same seeds with each sampler at several step counts: pictures, seconds per 256 images, and measures."""
-    longest = trained.schedule.timesteps
+    longest, count = trained.schedule.timesteps, len(order.indices)
     plan = [(sampler, steps) for sampler in SAMPLERS for steps in SWEEP_STEPS if steps < longest]
     plan.append(("ddpm", longest))
-    indices = range(count)
-    labels = choose_labels(config.sample.digits, config.seed, indices)
-    floor = control_rows(reference, count, config.seed, quick=True)["floor"] if reference is not None else {}
     cells: dict[tuple[str, int], Tensor] = {}
     seconds: dict[tuple[str, int], float] = {}
     quality: dict[tuple[str, int], float] = {}
     lines: list[dict[str, Any]] = []
     for sampler, steps in plan:
-        options = SampleConfig(sampler=sampler, steps=steps, guidance=config.sample.guidance)  # type: ignore[arg-type]
+        options = SampleConfig(sampler=sampler, steps=steps, guidance=order.options.guidance)  # type: ignore[arg-type]
         began = time.perf_counter()
-        x = draw(trained, Order(options, config.seed, indices, labels), runtime, progress=True)
+        images = to_uint8(draw(trained, replace(order, options=options), runtime, progress=True))
         took = (time.perf_counter() - began) * 256 / count
-        if reference is None:
+        if yardstick is None:
             continue
-        images = to_uint8(x)
-        row = measure(images, reference, labels, quick=True)
+        row = yardstick.measure(images, order.labels, neighbours=False)
         key = sampler, steps
-        cells[key], seconds[key], quality[key] = images[:8], took, row["frechet"] / floor["frechet"]
-        lines.append({"sampler": sampler, "steps": steps, "seconds_per_256": round(took, 3), "frechet_over_floor": round(quality[key], 3),
-                      "texture_over_floor": round(row["texture"] / floor["texture"], 3),
-                      **{name: round(row[name], 4) for name in ("precision", "recall", "coverage", "sure", "asked", "zeros") if name in row}})
-        line = "  ".join(f"{name} {value}" for name, value in lines[-1].items())
-        print(line, flush=True)
-    if reference is not None:
+        cells[key], seconds[key], quality[key] = images[:8], took, yardstick.over_floor("frechet", row)[0]
+        lines.append({"sampler": sampler, "steps": steps, "seconds_per_256": round(took, 3)})
+        for measure in MEASURES:
+            if measure.key in row.values:
+                value, error = row.values[measure.key], row.errors.get(measure.key)
+                if measure.good == "low":
+                    value, error = yardstick.over_floor(measure.key, row)
+                lines[-1] |= {measure.key: round(value, 4), f"{measure.key}_error": error and round(error, 4)}
+        said = (f"{name} {value}" for name, value in lines[-1].items() if not name.endswith("error"))
+        print("  ".join(said), flush=True)
+    if yardstick is not None:
         text = io.StringIO()
         writer = csv.DictWriter(text, lines[0])
         writer.writeheader()
         writer.writerows(lines)
         write_atomically(folder / "sweep.csv", lambda file: file.write(text.getvalue().encode()))
-        plots.save_sweep(folder / "sweep.png", cells, seconds, quality, origin(trained, Order(config.sample, config.seed, [], labels)))
+        plots.save_sweep(folder / "sweep.png", cells, seconds, quality, origin(trained, order))
     runtime.barrier()
     return [folder / "sweep.png", folder / "sweep.csv"]
-
-
-def mean(values: list[float]) -> float:
-    return sum(values) / len(values)
-
-
-def deviation(values: list[float]) -> float:
-    return math.sqrt(sum((value - mean(values)) ** 2 for value in values) / (len(values) - 1))

@@ -69,7 +69,7 @@ def draw_preview(network: nn.Module, run: "Run") -> None:
                       variance="posterior", guidance=float(run.config.train.label_dropout < 1))
     indices = range(run.config.train.preview)
     order = Order(options, run.config.seed, indices, choose_labels("0123456789", run.config.seed, indices))
-    x = draw(Trained(network, run.schedule, run.config, run.history["data"]), order, run.runtime)
+    x = draw(Trained(network, run.schedule, run.config, run.history), order, run.runtime)
     run.runtime.only_first(lambda: plots.save_grid(run.results / f"preview-{run.step:07d}.png", to_uint8(x),
                                                    max(1, round(len(indices) ** 0.5)), {"step": str(run.step)}))
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import config as configs
 from config import Config
-from drawing import Order, Trace, Trained, announce, choose_labels, draw, guided, load_trained, origin
+from drawing import Order, Trace, Trained, announce, draw, guided, load_trained, origin
 from samplers import spaced_timesteps
 from support import checkpoint, plots
 from support.files import make_folder, write_atomically
@@ -47,7 +47,7 @@ def write_samples(trained: Trained, config: Config, runtime: Runtime, clock: Clo
     folder = Path("results") / configs.run_name(config)
     runtime.only_first(lambda: make_folder(folder))
     indices = range(len(options.write) if options.write is not None else options.num_images or 256)
-    order = Order(options, config.seed, indices, choose_labels(options.digits, config.seed, indices))
+    order = Order(options, config.seed, indices, trained.labels(options.digits, config.seed, len(indices)))
     trace = Trace()
     x = draw(trained, order, runtime, trace, progress=True)
     clock.lap(f"draw {len(indices)} images in {options.steps} steps ({options.sampler})")

@@ -123,7 +123,6 @@ def train(run: Run) -> int | None:
     ours: nn.Module = run.network if runtime.world == 1 else DistributedDataParallel(run.network)
     forward = compiled(ours, runtime)
     seconds_before, started = run.history["seconds"], time.perf_counter()
-    speed = SpeedReport(run)
     last_save, bad = time.perf_counter(), 0
     run.network.train()
     bar = tqdm(total=run.length(options) if options.minutes is None else None, initial=run.step, unit="img",
@@ -155,7 +154,6 @@ def train(run: Run) -> int | None:
             bar.update()
             if runtime.first and run.history["running"][1]:
                 bar.set_postfix(loss=f"{run.history['running'][0] / run.history['running'][1]:.4f}", refresh=False)
-            speed.tick()
             epoch_before, epoch = ((s * options.batch_size) / count for s in (run.step - 1, run.step))
             if milestone(epoch_before) != milestone(epoch):
                 record(run)
@@ -311,6 +309,8 @@ def say_what_comes(run: Run, before: TrainConfig | None) -> None:
                 f"{'bf16' if runtime.bf16 else 'fp32'}: {count_parameters(run.network) / 1e6:.2f} M parameters, "
                 f"{gflop_per_image(run.config.model):.3f} GFLOP per image.")
     if before is None:
+        if runtime.device.type == "cpu" and options.minutes is None:
+            runtime.say("The bar tells how long that takes; on a CPU, --minutes 10 gives a first result.")
         return
     was, now = (learning_rate(o, run.step, run.progress(o)) for o in (before, options))
     runtime.say(f"Going on with the run in checkpoints/{name} ({run.done()}), at a learning rate of {now:.2g}.")
@@ -324,26 +324,3 @@ def aim(options: TrainConfig) -> str:
     if options.minutes is not None:
         return f"{options.minutes:g} minutes"
     return f"{options.epochs} epoch{'s' * (options.epochs != 1)}"
-
-
-class SpeedReport:
-    """Says once, after a few measured steps, how long the run will take."""
-
-    def __init__(self, run: Run) -> None:
-        self.run, self.start, self.end = run, run.step + 3, run.step + 13
-
-    def tick(self) -> None:
-        run, options = self.run, self.run.config.train
-        if run.step == self.start:
-            run.runtime.synchronize()
-            self.began = time.perf_counter()
-        elif run.step == self.end and run.runtime.first:
-            run.runtime.synchronize()
-            seconds = (time.perf_counter() - self.began) / (self.end - self.start)
-            speed, left = f"{options.batch_size / seconds:,.0f} images/s", seconds * (run.length(options) - run.step)
-            took = f"{left:.0f} s" if left < 100 else f"{left / 60:.0f} min" if left < 5400 else f"{left / 3600:.1f} h"
-            text = f"{speed}: {options.epochs} epochs take about {took} on this {run.runtime.device.type.upper()}"
-            text += "; --minutes 10 gives a first result" if left > 1200 else ""
-            if options.minutes is not None:
-                text = f"{speed}: {options.minutes:g} minutes are about {60 * options.minutes / seconds:,.0f} steps"
-            tqdm.write(text)

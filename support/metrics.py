@@ -15,11 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from config import ROOT, UserError
+from config import CLASSES, ROOT, UserError
 from support.checkpoint import read_tensors, weights_digest
 from support.runtime import to_unit
 
 EXTRACTOR = ROOT / "checkpoints" / "extractor.safetensors"
+SURE = 0.9  # probability of its likeliest class above which the classifier counts as sure of an image
 
 
 # The extractor
@@ -94,12 +95,51 @@ def extract(extractor: Extractor, images: Tensor, batch: int = 500, device: torc
 # Fréchet distance
 
 
-def moments(features: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean [D] and covariance [D, D] of features [N, D], float64; raises UserError below two of them."""
-    if len(features) < 2:
-        raise UserError(f"{len(features)} images: a covariance needs at least 2; draw more with --num-images")
-    features = features.double().cpu()
-    return features.mean(dim=0), features.T.cov()
+@dataclass(frozen=True)
+class Moments:
+    """Sums over the images of each class, from which means and covariances follow; any leading dimensions [...]."""
+
+    count: Tensor  # float64 [..., C]
+    first: Tensor  # float64 [..., C, D]: sum of the features
+    second: Tensor  # float64 [..., C, D, D]: sum of their products
+
+    def __sub__(self, other: "Moments") -> "Moments":
+        return Moments(self.count - other.count, self.first - other.first, self.second - other.second)
+
+    def sum(self) -> "Moments":
+        """Over the first dimension."""
+        return Moments(self.count.sum(0), self.first.sum(0), self.second.sum(0))
+
+    def of(self, classes: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean [..., K, D] and covariance [..., K, D, D] within each of these classes [K]."""
+        return _gaussian(self.count[..., classes], self.first[..., classes, :], self.second[..., classes, :, :])
+
+    def together(self, shares: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Mean [..., D] and covariance [..., D, D] of all classes, weighted to have these shares [C], if given."""
+        weight = torch.ones_like(self.count)
+        if shares is not None:
+            weight = (shares / self.count).nan_to_num(0, 0, 0) * self.count.sum(-1, keepdim=True) / shares.sum()
+        return _gaussian((weight * self.count).sum(-1), (weight[..., None] * self.first).sum(-2),
+                         (weight[..., None, None] * self.second).sum(-3))
+
+
+def class_moments(features: Tensor, labels: Tensor, block: Tensor | None = None) -> Moments:
+    """Of features [N, D] and labels [N], for each of the blocks, if their numbers [N] are given: [blocks, C, ...]."""
+    block = torch.zeros_like(labels) if block is None else block
+    blocks, features = int(block.max()) + 1, features.double().cpu()
+    group = block * CLASSES + labels
+    order = group.argsort(stable=True)
+    sizes = torch.bincount(group, minlength=blocks * CLASSES)
+    second = torch.stack([part.T @ part for part in features[order].split(sizes.tolist())])
+    first = torch.zeros(blocks * CLASSES, features.shape[1], dtype=torch.float64).index_add(0, group, features)
+    return Moments(sizes.double().view(blocks, CLASSES), first.view(blocks, CLASSES, -1),
+                   second.view(blocks, CLASSES, *second.shape[1:]))
+
+
+def _gaussian(count: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    mean = first / count[..., None]
+    covariance = second / count[..., None, None] - mean[..., :, None] * mean[..., None, :]
+    return mean, covariance * (count / (count - 1))[..., None, None]
 
 
 def frechet_distance(a: Tensor, b: Tensor) -> float:
@@ -107,20 +147,18 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
 
     It is biased upwards by about 1/N, so only distances at equal N and M compare.
     """
-    return frechet_from_moments(*moments(a), *moments(b))
+    one, other = (class_moments(x, torch.zeros(len(x), dtype=torch.int64)).sum().together() for x in (a, b))
+    return frechet_from_moments(*one, *other).item()
 
 
-def frechet_from_moments(mean_a: Tensor, cov_a: Tensor, mean_b: Tensor, cov_b: Tensor) -> float:
-    """|mean_a - mean_b|^2 + tr(cov_a + cov_b - 2 (cov_a cov_b)^(1/2)) of float64 moments, singular ones too."""
-
-    def factor(cov: Tensor) -> Tensor:
-        values, vectors = torch.linalg.eigh(cov)
-        return vectors * values.clamp(min=0).sqrt()  # cov = factor @ factor.T
-
-    # The eigenvalues of cov_a cov_b are the squared singular values of factor_a.T factor_b, none of them negative.
-    cross = torch.linalg.svdvals(factor(cov_a).T @ factor(cov_b)).sum()
-    distance = (mean_a - mean_b).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross
-    return max(0.0, distance.item())
+def frechet_from_moments(mean_a: Tensor, cov_a: Tensor, mean_b: Tensor, cov_b: Tensor) -> Tensor:
+    """|mean_a - mean_b|^2 + tr(cov_a + cov_b - 2 (cov_a cov_b)^(1/2)) of float64 moments, singular ones too: [...]."""
+    values, vectors = torch.linalg.eigh(cov_b)
+    root = vectors * values.clamp(min=0).sqrt()[..., None, :]  # cov_b = root @ root.mT
+    # The eigenvalues of cov_a cov_b are those of root.mT cov_a root, which is symmetric, so none of them is negative.
+    cross = torch.linalg.eigvalsh(root.mT @ cov_a @ root).clamp(min=0).sqrt().sum(-1)
+    traces = cov_a.diagonal(dim1=-2, dim2=-1).sum(-1) + cov_b.diagonal(dim1=-2, dim2=-1).sum(-1)
+    return ((mean_a - mean_b).square().sum(-1) + traces - 2 * cross).clamp(min=0)
 
 
 # Texture: what digit features do not see
@@ -168,33 +206,38 @@ class Overlap(NamedTuple):
     coverage: float  # share of real balls that hold a fake
 
 
-def precision_recall_coverage(real: Tensor, fake: Tensor, k: int = 5, block: int = 1000) -> Overlap:
+def precision_recall_coverage(real: Tensor, fake: Tensor, real_radius: Tensor | None = None,
+                              fake_radius: Tensor | None = None, k: int = 5, block: int = 1000) -> Overlap:
     """Overlap of features real [N, D] and fake [M, D]: precision and recall of arXiv 1904.06991, eq. 1 and 2; density
     and coverage of 2002.09797, eq. 3 and 4.
 
-    A ball reaches from a point to its k-th nearest neighbour in its own set. Raises UserError below k + 1 images.
+    A ball reaches from a point to its k-th nearest neighbour in its own set; `radius` of a set that is known already may
+    be given. Raises UserError below k + 1 images.
     """
     if min(len(real), len(fake)) <= k:
         raise UserError(f"{min(len(real), len(fake))} images: precision and recall need more than {k}; "
                         "draw more with --num-images")
+    real_radius = radius(real, k) if real_radius is None else real_radius  # [N]
+    fake_radius = radius(fake, k) if fake_radius is None else fake_radius  # [M]
     real, fake = real.double().cpu(), fake.double().cpu()  # in float32, matrix products would blur small distances
-    real_radius, fake_radius = _radius(real, k, block), _radius(fake, k, block)  # [N], [M]
     balls, in_real = 0, 0
     in_fake, covered = torch.zeros(len(real), dtype=torch.bool), torch.zeros(len(real), dtype=torch.bool)
-    for chunk, radius in zip(fake.split(block), fake_radius.split(block)):
+    for chunk, reach in zip(fake.split(block), fake_radius.split(block)):
         distance = torch.cdist(chunk, real)  # [B, N]
         inside = distance <= real_radius
         in_real += int(inside.any(dim=1).sum())
         balls += int(inside.sum())
         covered |= inside.any(dim=0)
-        in_fake |= (distance <= radius[:, None]).any(dim=0)
+        in_fake |= (distance <= reach[:, None]).any(dim=0)
     return Overlap(precision=in_real / len(fake), recall=in_fake.double().mean().item(),
                    density=balls / (k * len(fake)), coverage=covered.double().mean().item())
 
 
-def _radius(points: Tensor, k: int, block: int) -> Tensor:
-    """Distance of each of the points [N, D] to its k-th nearest other one -> [N]."""
-    nearest = [torch.cdist(chunk, points).topk(k + 1, largest=False).values[:, k] for chunk in points.split(block)]
+def radius(points: Tensor, k: int = 5, block: int = 1000) -> Tensor:
+    """Distance of each of the points [N, D] to its k-th nearest other one -> float64 [N]."""
+    points = points.double().cpu()
+    nearest = [torch.cdist(chunk, points).topk(k + 1, largest=False).values[:, k]
+               for chunk in points.split(block)]
     return torch.cat(nearest)  # the nearest of all is the point itself
 
 
@@ -236,9 +279,9 @@ def memorisation(generated: Tensor, test: Tensor) -> dict[str, float]:
 # What the classifier says
 
 
-def sure_share(probabilities: Tensor, threshold: float = 0.9) -> float:
-    """Share of the images whose likeliest class has a probability above the threshold; probabilities [N, 10]."""
-    return (probabilities.amax(dim=1) > threshold).double().mean().item()
+def sure_share(probabilities: Tensor) -> float:
+    """Share of the images whose likeliest class has a probability above SURE; probabilities [N, 10]."""
+    return (probabilities.amax(dim=1) > SURE).double().mean().item()
 
 
 def drawn_as_asked(probabilities: Tensor, labels: Tensor) -> float:
@@ -249,11 +292,3 @@ def drawn_as_asked(probabilities: Tensor, labels: Tensor) -> float:
 def class_histogram(probabilities: Tensor) -> Tensor:
     """Number of images of each likeliest class, int64 [10]."""
     return torch.bincount(probabilities.argmax(dim=1), minlength=probabilities.shape[1])
-
-
-def chi_square(counts: Tensor, expected: Tensor) -> tuple[float, float]:
-    """Pearson's statistic and its p-value for counts [K] against expected counts [K] of the same total."""
-    counts, expected = counts.double(), expected.double()
-    statistic = ((counts - expected).square() / expected).sum()
-    freedom = torch.tensor((len(counts) - 1) / 2, dtype=torch.float64)
-    return statistic.item(), torch.special.gammaincc(freedom, statistic / 2).item()

@@ -1,10 +1,11 @@
 """Every picture and animation, as functions of arrays: images are uint8, 28x28, on the CPU (numpy or torch).
 
-Pages of pixels are laid out with Pillow alone, so that mode sample pays for no matplotlib, which draws all else. Files
+Pillow alone lays out pixels, so that mode sample pays for no matplotlib. Knows nothing of networks or configs. Files
 appear whole or not at all, in folders that are there, and carry `metadata` as PNG text or GIF comment.
 """
 
 import math
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,17 +21,16 @@ DPI = 128  # of figures; a power of two, so that none of their sizes in pixels i
 PAPER, INK = 255, 40  # grey levels
 BLUE, ORANGE, GREEN, GREY = "#0072b2", "#d55e00", "#009e73", "#8a8a8a"  # safe for the colour-blind (Okabe and Ito)
 COLOURS = (BLUE, ORANGE, GREEN, "#cc79a7", "#e69f00", "#56b4e9", GREY)
-STYLE: Any = {
-    "figure.dpi": DPI, "figure.labelsize": "medium", "font.size": 12, "lines.linewidth": 1.8, "legend.frameon": False,
+STYLE: Any = {  # min_exponent: plain numbers on log axes, such as 0.01
+    "figure.dpi": DPI, "figure.labelsize": "medium", "font.size": 12, "legend.frameon": False, "axes.axisbelow": True,
     "axes.titlelocation": "left", "axes.titlesize": 13, "axes.spines.top": False, "axes.spines.right": False,
-    "axes.grid": True, "axes.grid.axis": "y", "grid.color": "#e6e6e6", "axes.axisbelow": True,
-    "axes.formatter.min_exponent": 6,  # plain numbers on log axes: 0.01, 1000
+    "axes.grid": True, "axes.grid.axis": "y", "grid.color": "#e6e6e6", "axes.formatter.min_exponent": 6,
 }
 LANDMARK: Any = {"color": "black", "linewidth": 1, "linestyle": (0, (4, 3))}  # a line at the value to compare with
 FLAT_LOSS = ("A curve that soon looks flat is normal: most of the loss is noise that no network can predict.\n"
              "Pictures go on improving while it falls by a few per cent, so judge a run by them and by mode evaluate.")
 INK_LEVEL = 100  # a pixel at least this bright is part of a stroke
-GAP = 5.0  # columns from one digit's stroke to the next one's, where they come closest: 4 stay empty
+GAP = 5  # columns from one digit's stroke to the next one's, where they come closest: 4 stay empty
 OVERLAP = 4  # pixels by which one digit may reach over its neighbour, as a 7 over a 4
 
 
@@ -76,7 +76,7 @@ def save_sweep(path: Path, cells: Mapping[tuple[str, int], ArrayLike], seconds: 
     steps = sorted({step for _, step in cells})
     title = "Same seeds in every cell. Below: seconds per 256 images"
     title += " and distance to real digits (1x: as close as other real ones)" if quality else ""
-    rows = [[_text(title, 1180, 44, "l", 28)],
+    rows = [[_text(title, 1500, 44, "l", 28)],
             [_text("", 170, 40), *(_text(f"{n} step{'s' * (n > 1)}", len(blank[0]), 40, size=28) for n in steps)]]
     for sampler in dict.fromkeys(sampler for sampler, _ in cells):
         rows.append([_text(sampler, 170, len(blank), "r", 28), *(blocks.get((sampler, step), blank) for step in steps)])
@@ -111,13 +111,13 @@ def set_in_line(digits: ArrayLike, margin: int = 6) -> np.ndarray:
     """
     tiles = _tiles(digits)
     line = np.zeros((2 * margin + 56, 36 * (len(tiles) + 2)), np.uint8)
-    near = np.argwhere(np.hypot(*np.ogrid[-5:6, -5:6]) < GAP).T[:, None] - 5  # offsets of a disc [2, 1, n]
+    near = np.argwhere(np.hypot(*np.ogrid[-GAP:GAP + 1, -GAP:GAP + 1]) < GAP).T[:, None] - GAP  # a disc [2, 1, n]
     taken = np.zeros(line.shape, bool)  # pixels nearer than GAP to the ink so far
     base, end = margin + 27, 28 + OVERLAP  # row of every digit's lowest ink, column of the last digit's rightmost
     for tile in tiles:
         rows, cols = np.nonzero(tile >= INK_LEVEL)
         if len(rows) == 0:
-            end += 12
+            taken, end = np.roll(taken, 12, axis=1), end + 12
             continue
         y, x = base - rows.max(), end - OVERLAP - cols.min()
         while taken[rows + y, cols + x].any():
@@ -135,8 +135,8 @@ def save_losses(path: Path, columns: Mapping[str, Any], reference: Mapping[str, 
                 metadata: Mapping[str, str] | None = None, epoch_size: int | None = None) -> None:
     """PNG that answers "is my loss normal?": loss over images seen, and loss by noise level, first and last.
 
-    `columns` are those of metrics.csv: images, train_loss, test_loss, and test_loss_tA-B for timesteps A to B; any may
-    be missing or empty. `reference`, alike, is the run of the shipped weights, in grey. epoch_size: images in an epoch.
+    `columns` are those of metrics.csv: images, train_loss, test_loss, and test_loss_tA-B for timesteps A to B; all may
+    be empty. `reference`: those of the run of the shipped weights, drawn in grey. epoch_size: images in an epoch.
     """
     names = [name for name in columns if name.startswith("test_loss_t")]
     seen, losses = columns["images"], np.array([columns[name] for name in names], float)  # [levels, rows]
@@ -185,18 +185,19 @@ def save_evaluation(path: Path, report: Mapping[str, Any], metadata: Mapping[str
     distances_over_floor and other_writers: name -> (ratio, error or None); histogram: model, asked -> counts [10];
     manifold: row -> precision, recall, coverage; neighbours: model, test -> distances [N]; by_timestep: t, bits -> [n].
     """
-    keys = [k for k in ("distances_over_floor", "histogram", "manifold", "neighbours", "by_timestep") if k in report]
+    keys = [k for k in ("distances_over_floor", "histogram", "manifold", "neighbours", "by_timestep") if report.get(k)]
     if len(keys) == 5:
         keys.insert(3, keys[0])  # the first one fills both rows
-    mosaic = [keys] if len(keys) < 4 else [keys[:len(keys) // 2], keys[len(keys) // 2:]]
+    mosaic = [keys or [""]] if len(keys) < 4 else [keys[:len(keys) // 2], keys[len(keys) // 2:]]  # "": an empty panel
     with _figure(path, 660 * len(mosaic[0]), 540 * len(mosaic), metadata) as figure:
         panels = figure.subplot_mosaic(mosaic)
         if axes := panels.get("distances_over_floor"):
-            names, found = zip(*report["distances_over_floor"].items(), strict=True)
-            ratios, errors = np.array(found, float).T  # None becomes nan
-            axes.errorbar(ratios, names, xerr=errors, fmt="o", color=BLUE, capsize=2, label="generated")
-            if others := report.get("other_writers"):
-                axes.plot([others[name][0] for name in names], names, "D", color=GREY, label="test set (other writers)")
+            for key, label, colour, marker in (("other_writers", "test set (other writers)", GREY, "D"),
+                                               ("distances_over_floor", "generated", BLUE, "o")):
+                if found := report.get(key):
+                    names = [name.replace("$", r"\$") for name in found]  # no formulas
+                    ratios, errors = np.array([*found.values()], float).T  # None becomes nan
+                    axes.errorbar(ratios, names, xerr=errors, fmt=marker, color=colour, capsize=2, label=label)
             axes.axvline(1, label="real images", **LANDMARK)
             axes.set(title="Distance to the training images", xlabel="times that of other real images", xscale="log",
                      ylim=(len(names) - 0.4, -0.42 * len(names)))  # downwards, with room for the legend
@@ -225,32 +226,31 @@ def save_evaluation(path: Path, report: Mapping[str, Any], metadata: Mapping[str
 
 
 def save_comparison(path: Path, pairs: tuple[ArrayLike, ArrayLike], names: tuple[str, str],
-                    rows: Sequence[tuple[str, float, float, float | None, float | None, str]],
-                    metadata: Mapping[str, str]) -> None:
+                    rows: Sequence[tuple[str, float, float, Any, Any, str]], metadata: Mapping[str, str]) -> None:
     """PNG for "did a change help?": what two models draw from the same seeds, and how far each measure moved.
 
     pairs: both models' images [n, 1, 28, 28]; rows: (label, value of the first, of the second, low, high, verdict),
-    with low..high the 95% interval of second - first. A row whose first value is 0, or with no interval, is left out.
+    with low..high the 95% interval of second - first. A row whose first value is 0, or low or high None, is left out.
     """
-    count = len(_tiles(pairs[0]))
-    columns = math.ceil(count / math.ceil(count / 16))
     tiles = np.hstack([_tiles(images, 3) for images in pairs])  # [n, 2 * 84, 84]
-    heads = np.vstack([_text(name, 11 * max(map(len, names)), 84, "r") for name in names])
-    page = _page([[heads, *tiles[start:start + columns]] for start in range(0, count, columns)], 8)
+    columns = math.ceil(len(tiles) / math.ceil(len(tiles) / 16))
+    heads = np.vstack([_text(textwrap.fill(name, 18), 200, 84, "r") for name in names])
+    page = _page([[heads, *tiles[start:start + columns]] for start in range(0, len(tiles), columns)], 8)
     rows = [row for row in rows if row[1] and np.isfinite(np.array(row[1:5], float)).all()]
     height = len(page) + (130 + 50 * len(rows) if rows else 0)
     with _figure(path, max(1200, page.shape[1]), height, metadata) as figure:
-        figure.figimage(page, 0, height - len(page), cmap="gray", vmin=0, vmax=255)  # pixel for pixel
+        figure.figimage(np.dstack([page] * 3), 0, height - len(page))  # RGB, so that each grey level stays
         if rows:
             figure.get_layout_engine().set(rect=(0, 0, 1, 1 - len(page) / height))
-            _draw_intervals(figure.subplots(), rows, f"change from {names[0]} to {names[1]} (%), with its 95% interval")
+            _draw_intervals(figure.subplots(), rows)
 
 
-def _draw_intervals(axes: Any, rows: Sequence[tuple[str, Any, Any, Any, Any, str]], title: str) -> None:
+def _draw_intervals(axes: Any, rows: Sequence[tuple[str, float, float, Any, Any, str]]) -> None:
     """A forest plot of relative differences in per cent; an interval much longer than most ends in an arrow."""
     moves = 100 * np.array([((b - a) / abs(a), low / abs(a), high / abs(a)) for _, a, b, low, high, _ in rows])
-    limit = 1.05 * min(np.abs(moves).max(), 4 * np.median(np.abs(moves).max(1)))
+    limit = 1.05 * min(np.abs(moves).max(), 4 * np.median(np.abs(moves).max(1))) or 1
     for (name, *_, verdict), (move, low, high) in zip(rows, moves, strict=True):
+        name = name.replace("$", r"\$")  # no formulas
         hue = {"better": GREEN, "worse": ORANGE}.get(verdict, GREY)
         axes.plot([low, move, high], [name] * 3, "o-", markevery=[1], color=hue, linewidth=3)
         for end in (low, high):
@@ -258,7 +258,8 @@ def _draw_intervals(axes: Any, rows: Sequence[tuple[str, Any, Any, Any, Any, str
                 axes.plot([math.copysign(limit, end)], [name], ">" if end > 0 else "<", color=hue, clip_on=False)
         axes.text(1.03, name, f"{verdict} ({move:+.1f}%)", color=hue, va="center", transform=axes.get_yaxis_transform())
     axes.axvline(0, **LANDMARK)
-    axes.set(xlim=(-limit, limit), ylim=(len(rows) - 0.4, -0.6), xlabel=title)
+    axes.set(xlim=(-limit, limit), ylim=(len(rows) - 0.4, -0.6),
+             xlabel="change from the upper model to the lower one (%), with its 95% interval")
 
 
 def looks_broken(images: ArrayLike, mean: float = 0.1307, std: float = 0.3081) -> str | None:
@@ -273,9 +274,7 @@ def looks_broken(images: ArrayLike, mean: float = 0.1307, std: float = 0.3081) -
         return "all black" if pixels.mean() < mean else "washed out"
     steps = (np.square(np.diff(pixels, axis=1)).mean() + np.square(np.diff(pixels, axis=2)).mean()) / 2
     correlation = 1 - steps / (2 * spread**2)  # of neighbouring pixels: 0.72 to 0.85 in 16 real digits, 0 in noise
-    if correlation < 0.5:
-        return "static"
-    return "washed out" if pixels.mean() > mean + std else None
+    return "static" if correlation < 0.5 else "washed out" if pixels.mean() > mean + std else None
 
 
 def _tiles(images: ArrayLike, scale: int = 1) -> np.ndarray:
@@ -285,11 +284,11 @@ def _tiles(images: ArrayLike, scale: int = 1) -> np.ndarray:
 
 
 def _text(text: str, width: int, height: int, side: str = "m", size: int = 20) -> np.ndarray:
-    """A tile [height, width] of paper with text (ASCII) at its left, middle or right, smaller where it has to be."""
+    """A tile [height, width] with text (ASCII) at its left, middle or right edge, smaller where it has to be."""
     page = Image.new("L", (width, height), PAPER)
     draw = ImageDraw.Draw(page)
-    extent = draw.textbbox((0, 0), text, font=ImageFont.load_default(size))[2]
-    font = ImageFont.load_default(min(size, size * (width - 4) // max(1, extent)))
+    _, _, wide, high = draw.textbbox((0, 0), text, font=ImageFont.load_default(size))
+    font = ImageFont.load_default(size * min(1, (width - 4) / max(1, wide), height / max(1, high)))
     draw.text(({"l": 0, "m": width / 2, "r": width}[side], height / 2), text, INK, font, side + "m", align="right")
     return np.asarray(page)
 
@@ -315,7 +314,7 @@ def _draw_bars(axes: Any, rows: Mapping[str, ArrayLike], names: Sequence[Any], n
 
 @contextmanager
 def _figure(path: Path, width: int, height: int, metadata: Mapping[str, str]) -> Iterator[Any]:
-    """A matplotlib figure (width and height in pixels) in the project's style, written to `path` when the block ends."""
+    """A matplotlib figure (sizes in pixels) in the project's style, written to `path` when the block ends."""
     import matplotlib.figure
 
     with matplotlib.rc_context(STYLE):

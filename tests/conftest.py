@@ -27,7 +27,8 @@ def write_set(folder: Path, train: int = 256, test: int = 64) -> Path:
         images = np.zeros((count, 28, 28), np.uint8)
         for image, label in zip(images, labels):
             place = 5 + 4 * (label % 5)
-            rows, columns = (slice(place, place + 3), slice(4, 24)) if label < 5 else (slice(4, 24), slice(place, place + 3))
+            rows, columns = ((slice(place, place + 3), slice(4, 24)) if label < 5 else
+                             (slice(4, 24), slice(place, place + 3)))
             image[rows, columns] = random.integers(180, 256)
         write_idx(folder / f"{name}-images-idx3-ubyte", images)
         write_idx(folder / f"{name}-labels-idx1-ubyte", labels)

@@ -31,7 +31,8 @@ class Program:
 
     def __init__(self, folder: Path, flags: list[str], changes: dict[str, Any], environment: dict[str, str]) -> None:
         self.said = Path(tempfile.mkdtemp(prefix="said-"))
-        self.process = context().Process(target=_main, args=(folder, flags, changes, environment, self.said), daemon=True)
+        self.process = context().Process(target=_main, args=(folder, flags, changes, environment, self.said),
+                                         daemon=True)
         self.process.start()
         atexit.register(self.process.kill)  # whatever a failed test leaves behind
 
@@ -45,7 +46,8 @@ class Program:
 
     def _read(self, name: str) -> str:
         text = (self.said / name).read_text() if (self.said / name).exists() else ""
-        return "".join(line for line in text.splitlines(keepends=True) if not line.startswith("[Gloo] "))  # torch 2.9 says it's connected
+        lines = text.splitlines(keepends=True)
+        return "".join(line for line in lines if not line.startswith("[Gloo] "))  # torch 2.9 says it's connected
 
     def running(self) -> bool:
         return self.process.is_alive()
@@ -126,18 +128,21 @@ def learned(folder: Path, name: str = "idx") -> dict[str, Any]:
     """What must be the same after a run, however often it was interrupted: all but the times."""
     state = checkpoint.load(folder / "checkpoints" / name / "last.safetensors")
     results = folder / "results" / name
-    rows = [{key: value for key, value in row.items() if key != "seconds"} for row in csv.DictReader((results / "metrics.csv").open())]
+    rows = [{key: value for key, value in row.items() if key != "seconds"}
+            for row in csv.DictReader((results / "metrics.csv").open())]
     flat = {f"{group}.{key}": value for group in ("model", "ema") for key, value in state[group].items()}
     for part, inner in state["optimizer"].items():
         flat |= {f"{part}.{i}.{key}": value for i, values in inner["state"].items() for key, value in values.items()}
     return {"tensors": flat, "step": state["step"], "rows": rows,
-            "pictures": {path.name: path.read_bytes() for path in results.iterdir() if path.suffix in (".png", ".gif", ".npz")}}
+            "pictures": {path.name: path.read_bytes() for path in results.iterdir()
+                         if path.suffix in (".png", ".gif", ".npz")}}
 
 
 def assert_same(one: dict[str, Any], other: dict[str, Any], but: str = "") -> None:
     """Bit for bit; `but` names a picture that may be missing."""
     assert one["step"] == other["step"] and one["rows"] == other["rows"]
-    assert one["tensors"].keys() == other["tensors"].keys() and one["pictures"].keys() - {but} == other["pictures"].keys() - {but}
+    assert (one["tensors"].keys() == other["tensors"].keys()
+            and one["pictures"].keys() - {but} == other["pictures"].keys() - {but})
     for name, tensor in one["tensors"].items():
         assert torch.equal(tensor, other["tensors"][name]), name
     for name in one["pictures"].keys() - {but}:
@@ -150,7 +155,8 @@ def assert_close(one: dict[str, Any], other: dict[str, Any], tolerance: float = 
     Sums over processes round differently, and Muon's iteration is in bfloat16, so rounding errors grow with the steps.
     """
     assert one["step"] == other["step"] and len(one["rows"]) == len(other["rows"])
-    pairs = [(float(row[name]), float(other_row[name])) for row, other_row in zip(one["rows"], other["rows"]) for name in row]
+    pairs = [(float(row[name]), float(other_row[name]))
+             for row, other_row in zip(one["rows"], other["rows"]) for name in row]
     largest = max(abs(a - b) / max(abs(a), 1e-9) for a, b in pairs)
     assert largest <= tolerance, f"the losses differ by {largest:.1e}"
     return largest

@@ -1,4 +1,4 @@
-"""support/checkpoint.py and files.py: what is saved comes back bit for bit; nothing else is accepted or half written."""
+"""support/checkpoint.py, files.py: what is saved comes back bit for bit; nothing else is accepted or half written."""
 
 import builtins
 import errno
@@ -95,7 +95,8 @@ def test_any_reader_of_safetensors_finds_weights_by_name_and_text_for_the_rest(p
 
 
 def test_containers_and_numbers_come_back_as_they_were(tmp_path: Path) -> None:
-    history = {"numbered": {0: "a", **{i: i for i in range(1, 12)}, -7: {3: torch.ones(2)}, 10**18: ()}, "tuples": ((1, (2,)), [(), ((),)]), "empty": {},
+    history = {"numbered": {0: "a", **{i: i for i in range(1, 12)}, -7: {3: torch.ones(2)}, 10**18: ()},
+               "tuples": ((1, (2,)), [(), ((),)]), "empty": {},
                "numbers": [0.1 + 0.2, 5e-324, -0.0, float("inf"), -float("inf"), float("nan"), 2**80, True, None],
                "text": "a\n\u2028é \U0001f600", "options": {"grad_clip": float("inf")}}
     checkpoint.save(tmp_path / "b.safetensors", make_state() | {"history": history})
@@ -124,7 +125,8 @@ def test_only_whole_states_of_plain_values_are_saved(tmp_path: Path) -> None:
         with pytest.raises(TypeError, match="can't hold"):
             checkpoint.save(tmp_path / "b.safetensors", make_state() | {"history": {"odd": odd}})
     with pytest.raises(ValueError, match="two tensors have the name history.a.b"):
-        checkpoint.save(tmp_path / "b.safetensors", make_state() | {"history": {"a.b": torch.ones(1), "a": {"b": torch.ones(1)}}})
+        checkpoint.save(tmp_path / "b.safetensors",
+                        make_state() | {"history": {"a.b": torch.ones(1), "a": {"b": torch.ones(1)}}})
     assert list(tmp_path.iterdir()) == []
 
 
@@ -273,7 +275,8 @@ def test_damaged_last_is_named_kept_and_the_one_before_it_offered(tmp_path: Path
     broken = last.read_bytes()[:-500]
     last.write_bytes(broken)
     message = refused(last)
-    assert f"--checkpoint {previous}" in message and "rename it to last.safetensors" in message and last.read_bytes() == broken
+    assert (f"--checkpoint {previous}" in message and "rename it to last.safetensors" in message
+            and last.read_bytes() == broken)
     previous.write_bytes(b"junk")
     assert "previous.safetensors" not in refused(last)
 
@@ -306,8 +309,8 @@ def test_full_disk_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.Mon
             patch.setattr(builtins, "open", lambda file, mode="r": Full(file, "w") if "w" in mode else real(file, mode))
         else:
             patch.setattr(os, broken, full)
-        with pytest.raises(UserError, match=r"last.safetensors: can't be written \(No space left on device\): free some space; "
-                                            "the file that was there is untouched"):
+        with pytest.raises(UserError, match=r"last.safetensors: can't be written \(No space left on device\): "
+                                            "free some space; the file that was there is untouched"):
             checkpoint.save(last, make_state(2))
     assert [path.name for path in tmp_path.iterdir() if not path.name.startswith(".previous")] == ["last.safetensors"]
     assert checkpoint.load(last)["step"] == 1
@@ -377,7 +380,8 @@ def test_kills_in_the_middle_of_saves(tmp_path: Path) -> None:
     before = checkpoint.load(last)["step"]
     checkpoint.save(last, make_state(99))
     assert checkpoint.load(last)["step"] == 99 and checkpoint.load(tmp_path / "previous.safetensors")["step"] == before
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["last.safetensors", "previous.safetensors"]  # no litter of the killed one
+    # No litter of the killed one.
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["last.safetensors", "previous.safetensors"]
 
 
 # Weights into a network

@@ -106,8 +106,10 @@ def one_line(text: str) -> str:
     return lines[0]
 
 
-@pytest.mark.parametrize("flags, said", BAD_FLAGS, ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else "")
-def test_bad_flag_is_answered_in_one_line(flags: list[str], said: str, own_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("flags, said", BAD_FLAGS,
+                         ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else "")
+def test_bad_flag_is_answered_in_one_line(flags: list[str], said: str, own_folder: Path,
+                                          capsys: pytest.CaptureFixture[str]) -> None:
     assert main(flags) == 2
     output = capsys.readouterr()
     line = one_line(output.err)
@@ -130,14 +132,16 @@ def test_help_lists_every_field_with_its_default() -> None:
     process = subprocess.run([sys.executable, "run.py", "--help"], cwd=ROOT, capture_output=True, text=True,
                              env={**os.environ, "COLUMNS": "200"})
     assert process.returncode == 0
-    for group in (Config, *(f.default_factory for f in dataclasses.fields(Config) if f.default_factory is not dataclasses.MISSING)):
+    for group in (Config, *(f.default_factory for f in dataclasses.fields(Config)
+                            if f.default_factory is not dataclasses.MISSING)):
         for field in dataclasses.fields(group):
             if not dataclasses.is_dataclass(field.type) and field.default is not dataclasses.MISSING:
                 assert f"--{field.name.replace('_', '-')}" in process.stdout
 
 
 def test_flags_override_defaults_and_keep_the_rest() -> None:
-    config = configs.parse(["--mode", "sample", "--num-images", "64", "--seed", "3", "--channels", "8", "16", "24", "--attention"])
+    config = configs.parse(["--mode", "sample", "--num-images", "64", "--seed", "3", "--channels", "8", "16", "24",
+                            "--attention"])
     assert (config.mode, config.sample.num_images, config.seed) == ("sample", 64, 3)
     assert config.model.channels == (8, 16, 24) and config.model.attention == ()
     assert config.train == Config().train
@@ -164,8 +168,8 @@ def test_defaults_that_are_edited_well_are_taken() -> None:
 
 
 def test_what_a_checkpoint_keeps_survives() -> None:
-    config = configs.parse(["--minutes", "3", "--checkpoint", "a/b.safetensors", "--attention", "14", "7", "--grad-clip",
-                            "inf", "--dataset", "idx", "--steps", "7"])
+    config = configs.parse(["--minutes", "3", "--checkpoint", "a/b.safetensors", "--attention", "14", "7",
+                            "--grad-clip", "inf", "--dataset", "idx", "--steps", "7"])
     again, lacking = configs.from_stored(json.loads(json.dumps(configs.stored(config))))
     assert not lacking and again.sample == Config().sample  # how was drawn is not kept
     assert dataclasses.replace(again, sample=config.sample) == config

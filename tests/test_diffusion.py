@@ -324,7 +324,7 @@ def test_loss_is_per_image_float32_and_zero_for_the_right_answer(prediction, wei
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_clipped_loss_forgives_what_drawing_clips(prediction):
-    """An answer that stands for x0_hat costs as much as its clipped self where x0 is at an edge, and all of it elsewhere."""
+    """An answer that stands for x0_hat costs what its clipped self does where x0 is at an edge, all of it elsewhere."""
     schedule, t = schedule_of("cosine", 100, prediction), torch.tensor([1, 10, 50, 90])
     x0 = torch.tensor([-1.0, 1, 0.5, -1]).repeat(4, 1, 28, 7)
     x0_hat = x0 + 0.4 * noise_like(x0, 3)

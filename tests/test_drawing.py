@@ -58,7 +58,8 @@ def test_an_image_is_bitwise_the_same_alone_and_among_many(network, schedule, op
 
 
 @pytest.mark.parametrize("dropout, digits, guidance, said", [
-    (0.1, None, 2.0, ""), (0.1, "none", 1.0, ""), (0.0, "7", 1.0, "only with their labels"), (1.0, None, 0.0, "only without labels")])
+    (0.1, None, 2.0, ""), (0.1, "none", 1.0, ""), (0.0, "7", 1.0, "only with their labels"),
+    (1.0, None, 0.0, "only without labels")])
 def test_guidance_needs_a_network_that_knows_both_halves(network, schedule, dropout, digits, guidance, said, capsys):
     config = Config(train=TrainConfig(label_dropout=dropout))
     options = replace(OPTIONS, digits=digits, guidance=2.0)
@@ -93,7 +94,8 @@ def test_image_i_takes_slot_i_of_its_chunk(schedule):
         return torch.zeros_like(x)
 
     drawn(network, schedule, replace(OPTIONS, steps=1), 0, [130, 66, 3, 64], torch.tensor([1, 2, 3, 4]))
-    slots = [{slot: label[slot].item() for slot in x.flatten(1).any(1).nonzero().flatten().tolist()} for x, label in seen]
+    slots = [{slot: label[slot].item() for slot in x.flatten(1).any(1).nonzero().flatten().tolist()}
+             for x, label in seen]
     assert sorted(slots, key=len) == [{2: 1}, {3: 3}, {2: 2, 0: 4}]
     assert all((label == NO_LABEL).sum() == CPU.chunk - len(taken) for taken, (_, label) in zip(slots, seen))
 
@@ -151,12 +153,29 @@ def test_digits_are_cycled_over_the_indices():
         assert labels.dtype == torch.int64 and labels.shape == (4,)
 
 
-def test_random_digits_are_uniform_and_follow_from_seed_and_index():
-    labels = choose_labels(None, 0, range(5000))
-    counts = torch.bincount(labels, minlength=10)
-    assert len(counts) == 10 and ((counts - 500.0) ** 2 / 500).sum() < 30  # chi-square with 9 degrees of freedom
-    pairs = torch.bincount(labels[:-1] * 10 + labels[1:], minlength=100)
-    assert ((pairs - 50.0) ** 2 / 50).sum() < 150  # neighbours are independent: 99 degrees of freedom
-    indices = [4999, 17, 0]
-    assert torch.equal(choose_labels(None, 0, indices), labels[indices])
-    assert (choose_labels(None, 1, range(5000)) == labels).float().mean() < 0.13
+MNIST_CLASSES = [5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949]
+
+
+@pytest.mark.parametrize("classes", [MNIST_CLASSES, [1] * 10, [], [0, 1, 0, 0, 0, 2, 0, 0, 0, 997]])
+def test_labels_have_the_shares_of_the_training_images(classes):
+    shares = torch.tensor(classes or [1] * 10).double()
+    shares /= shares.sum()
+    for seed, count in ((0, 1000), (3, 10_000), (7, 64_000)):
+        labels = choose_labels(None, seed, range(count), classes)
+        for block in labels.split(100):
+            assert (torch.bincount(block, minlength=10) - 100 * shares).abs().max() <= 1
+        assert (torch.bincount(labels, minlength=10) - count * shares).abs().max() <= 2
+
+
+def test_a_network_that_has_seen_sevens_is_asked_for_sevens():
+    assert choose_labels(None, 5, range(250), [0] * 7 + [40, 0, 0]).tolist() == [7] * 250
+
+
+def test_labels_follow_from_seed_and_index_and_show_no_pattern():
+    labels = choose_labels(None, 0, range(5000), MNIST_CLASSES)
+    indices = [4999, 17, 0, 250]
+    assert torch.equal(choose_labels(None, 0, indices, MNIST_CLASSES), labels[indices])
+    assert (choose_labels(None, 1, range(5000), MNIST_CLASSES) == labels).float().mean() < 0.13
+    for step in (1, 16):  # neighbours in a row, or in a column of a grid of 256, are independent: 99 degrees of freedom
+        pairs = torch.bincount(labels[:-step] * 10 + labels[step:], minlength=100)
+        assert ((pairs - 50.0) ** 2 / 50).sum() < 190

@@ -1,4 +1,7 @@
-"""The whole program as a user runs it, on a small IDX set: trained, drawn from, killed, stopped, continued, on two processes."""
+"""The whole program as a user runs it, on a small IDX set.
+
+It is trained, drawn from, killed, stopped, continued, and run on two processes.
+"""
 
 import csv
 import os
@@ -18,9 +21,11 @@ from support import checkpoint
 from tests.conftest import ROOT, TINY
 from tests.processes import assert_close, assert_same, learned, nothing, start, start_ranks, wait_for
 
-RUN = ["--dataset", "idx", "--batch-size", "32", "--epochs", "2", "--timesteps", "100", "--preview", "4", "--device", "cpu", *TINY]
+RUN = ["--dataset", "idx", "--batch-size", "32", "--epochs", "2", "--timesteps", "100", "--preview", "4",
+       "--device", "cpu", *TINY]
 DRAW = ["--steps", "3", "--num-images", "16"]
-OFTEN = {"train.SAVE_SECONDS": 0.0, "support.plots.save_losses": nothing}  # a save after every step, so that some kills fall into one
+# A save after every step, so that some kills fall into one.
+OFTEN = {"train.SAVE_SECONDS": 0.0, "support.plots.save_losses": nothing}
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 
@@ -62,7 +67,8 @@ def test_training_writes_its_pictures_and_says_where(uninterrupted: Done) -> Non
 
 
 def test_samples_have_their_convention_and_origin(there: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--mode", "sample", "--dataset", "idx", *DRAW, "--sampler", "ddim", "--digits", "37", "--seed", "5"]) == 0
+    assert main(["--mode", "sample", "--dataset", "idx", *DRAW, "--sampler", "ddim", "--digits", "37",
+                 "--seed", "5"]) == 0
     arrays = np.load(there / "results/idx/samples.npz")
     assert arrays["arr_0"].shape == (16, 28, 28, 1) and arrays["arr_0"].dtype == np.uint8
     assert arrays["arr_1"].tolist() == [3, 7] * 8
@@ -93,13 +99,14 @@ def test_a_finished_run_says_what_to_do(there: Path, idx_folder: Path, capsys: p
     assert (there / "checkpoints/idx/last.safetensors").read_bytes() == before
 
 
-def test_changed_settings_are_listed_and_nothing_happens(there: Path, idx_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_changed_settings_are_listed_and_nothing_happens(there: Path, idx_folder: Path,
+                                                         capsys: pytest.CaptureFixture[str]) -> None:
     before = (there / "checkpoints/idx/last.safetensors").read_bytes()
-    assert main([*RUN, "--data-dir", str(idx_folder), "--epochs", "9", "--lr", "0.5", "--seed", "9", "--precision", "fp32",
-                 "--blocks", "1", "1", "2", "--schedule", "linear"]) == 2
+    assert main([*RUN, "--data-dir", str(idx_folder), "--epochs", "9", "--lr", "0.5", "--seed", "9",
+                 "--precision", "fp32", "--blocks", "1", "1", "2", "--schedule", "linear"]) == 2
     errors = capsys.readouterr().err
-    for said in ("lr was 0.002, now 0.5", "seed was 0, now 9", "precision was auto, now fp32", "schedule was cosine, now linear",
-                 "blocks was [1, 1, 1], now [1, 1, 2]"):
+    for said in ("lr was 0.002, now 0.5", "seed was 0, now 9", "precision was auto, now fp32",
+                 "schedule was cosine, now linear", "blocks was [1, 1, 1], now [1, 1, 2]"):
         assert said in errors
     assert "epochs was" not in errors and len(errors.strip().splitlines()) == 1
     assert (there / "checkpoints/idx/last.safetensors").read_bytes() == before
@@ -109,8 +116,8 @@ def test_killed_runs_continue_bit_for_bit(uninterrupted: Done, idx_folder: Path,
     """kill -9 inside a save, between two, and while drawing; benchmarks/stress.py does the same a few dozen times."""
     flags = [*RUN, *DRAW, "--data-dir", str(idx_folder)]
     checkpoints, results = tmp_path / "checkpoints/idx", tmp_path / "results/idx"
-    moments = [lambda: list(checkpoints.glob(".last.safetensors.*.part")), lambda: (results / "preview-0000004.png").exists(),
-               lambda: (results / "sample.png").exists()]
+    moments = [lambda: list(checkpoints.glob(".last.safetensors.*.part")),
+               lambda: (results / "preview-0000004.png").exists(), lambda: (results / "sample.png").exists()]
     for moment in moments:
         program = start(tmp_path, *flags, changes=OFTEN)
         wait_for(lambda moment=moment, program=program: moment() or not program.running(), pause=0.001)
@@ -122,8 +129,9 @@ def test_killed_runs_continue_bit_for_bit(uninterrupted: Done, idx_folder: Path,
 
 def test_ctrl_c_saves_and_says_how_to_go_on(uninterrupted: Done, idx_folder: Path, tmp_path: Path) -> None:
     flags = [*RUN, *DRAW, "--data-dir", str(idx_folder)]
-    process = subprocess.Popen([sys.executable, str(ROOT / "run.py"), *flags], cwd=tmp_path, text=True, stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    process = subprocess.Popen([sys.executable, str(ROOT / "run.py"), *flags], cwd=tmp_path, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                               env={**os.environ, "OMP_NUM_THREADS": "1"})
     wait_for((tmp_path / "results/idx/preview-0000001.png").exists)
     process.send_signal(signal.SIGINT)
     output, errors = process.communicate(timeout=300)
@@ -159,21 +167,23 @@ def test_a_second_run_of_one_name_refuses(idx_folder: Path, tmp_path: Path, monk
 
 
 def test_two_processes_learn_what_one_does(uninterrupted: Done, idx_folder: Path, tmp_path: Path) -> None:
-    process = subprocess.run([*TORCHRUN, str(ROOT / "run.py"), *RUN, *DRAW, "--data-dir", str(idx_folder)], cwd=tmp_path, text=True,
-                             capture_output=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    process = subprocess.run([*TORCHRUN, str(ROOT / "run.py"), *RUN, *DRAW, "--data-dir", str(idx_folder)],
+                             cwd=tmp_path, text=True, capture_output=True, timeout=300,
+                             env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert process.returncode == 0, process.stderr[-2000:]
     assert process.stdout.count("Training is finished") == 1 and "2 processes" in process.stdout
     assert_close(uninterrupted.learned, learned(tmp_path))
 
 
 def test_two_processes_draw_what_one_does(uninterrupted: Done, tmp_path: Path) -> None:
-    flags = ["--mode", "sample", "--dataset", "idx", "--steps", "3", "--num-images", "130", "--device", "cpu", "--checkpoint",
-             str(uninterrupted.folder / "checkpoints/idx/last.safetensors")]
+    flags = ["--mode", "sample", "--dataset", "idx", "--steps", "3", "--num-images", "130", "--device", "cpu",
+             "--checkpoint", str(uninterrupted.folder / "checkpoints/idx/last.safetensors")]
     programs = [start(tmp_path, *flags, "--name", "one"), *start_ranks(tmp_path, 2, *flags, "--name", "two")]
     for program in programs:
         program.finish()
     one, two = (np.load(tmp_path / "results" / name / "samples.npz") for name in ("one", "two"))
-    assert len(one["arr_0"]) == 130 and np.array_equal(one["arr_0"], two["arr_0"]) and np.array_equal(one["arr_1"], two["arr_1"])
+    assert (len(one["arr_0"]) == 130 and np.array_equal(one["arr_0"], two["arr_0"])
+            and np.array_equal(one["arr_1"], two["arr_1"]))
 
 
 def test_minutes_end_on_time(idx_folder: Path, tmp_path: Path) -> None:

@@ -1,105 +1,209 @@
-"""mode evaluate, end to end on a small IDX set: the table, its controls, the files, the sweep, and what it refuses."""
+"""modes evaluate and compare, end to end on generated digits: tables, controls, files, the sweep, what they refuse."""
 
 import csv
+import io
 import json
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from PIL import Image
 
 import config as configs
+import dataset
 import evaluate
-from dataset import load_idx
+import likelihood
+from compare import differences, load_side
+from dataset import Digits
+from diffusion import make_schedule
 from model import UNet
 from run import main
 from support import checkpoint, metrics
+from support.runtime import Runtime
 from tests.conftest import TINY, write_set
+from yardstick import Yardstick
+
+CPU = Runtime(torch.device("cpu"), bf16=False, compile=False)
+Capture = pytest.CaptureFixture[str]
+
+
+def save_network(path: Path, seed: int = 0, flags: tuple[str, ...] = (), **history: Any) -> None:
+    """A checkpoint of random weights."""
+    config = configs.parse(["--dataset", "generated", "--timesteps", "6", *TINY, *flags])
+    torch.manual_seed(seed)
+    network = UNet(config.model)
+    torch.nn.init.normal_(network.head.weight, std=0.05)
+    data = dataset.describe(FEW["train"], "generated")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    checkpoint.save(path, {
+        "config": configs.stored(config), "model": None, "ema": network.state_dict(), "optimizer": None, "step": 100,
+        "history": {"data": data, "alpha_bar": make_schedule(config.diffusion).alpha_bar, "seconds": 60.0, **history}})
+
+
+FEW = {split: Digits(digits.images[:3000], digits.labels[:3000])
+       for split, digits in ((split, dataset.load_generated(split)) for split in ("train", "test"))}
 
 
 @pytest.fixture
-def untrained(own_folder: Path) -> list[str]:
-    """Flags for a checkpoint of random weights beside 400 training and 250 test images."""
-    write_set(own_folder / "data", 400, 250)
-    config = configs.parse(["--dataset", "idx", "--timesteps", "6", *TINY])
-    torch.manual_seed(0)
-    network = UNet(config.model)
-    torch.nn.init.normal_(network.head.weight, std=0.05)
-    state = {"config": configs.to_dict(config), "model": None, "ema": network.state_dict(), "optimizer": None, "step": 1,
-             "history": {"data": {"name": "idx", "mean": 0.1, "std": 0.3}}}
-    checkpoint.save(own_folder / "some.pt", state)
-    return ["--mode", "evaluate", "--dataset", "idx", "--data-dir", "data", "--checkpoint", "some.pt", "--num-images", "200", "--steps", "2", "--device", "cpu"]
+def few_digits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A third of the generated digits, and few of them in the bound, for speed."""
+    monkeypatch.setattr(likelihood, "BOUND_IMAGES", 200)
+    monkeypatch.setattr(likelihood, "CALIBRATION_IMAGES", 100)
+    monkeypatch.setattr(dataset, "load_generated", FEW.__getitem__)
 
 
-def test_the_table_has_its_controls(untrained: list[str], own_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([*untrained, "--seeds", "2"]) == 0
+@pytest.fixture
+def untrained(own_folder: Path, few_digits: None) -> list[str]:
+    save_network(own_folder / "some.safetensors")
+    return ["--mode", "evaluate", "--dataset", "generated", "--checkpoint", "some.safetensors", "--num-images", "200",
+            "--steps", "2", "--device", "cpu"]
+
+
+def test_the_table_has_its_controls(untrained: list[str], own_folder: Path, capsys: Capture) -> None:
+    assert main([*untrained, "--seeds", "2", "--bound"]) == 0
     output = capsys.readouterr().out
-    for word in ("model", "spread", "ratio to floor", "real (floor)", "noise", "bits/dim", "upper bound", "Extractor", "Memorisation"):
+    for word in ("model", "spread of 2 drawings", "times the floor", "real (floor)", "spread of 5 sets",
+                 "other writers", "noise", "bits/dim", "upper bound", "Extractor", "Memorisation",
+                 "are given below 2,000 images"):
         assert word in output
-    found = json.loads((own_folder / "results/idx/metrics.json").read_text())
+    assert "trained on other images" not in output
+    found = json.loads((own_folder / "results/generated/metrics.json").read_text())
     assert found["images"] == 200 and len(found["seeds"]) == 2 and found["extractor"] == metrics.load_extractor().digest
-    floor, noise = found["controls"]["floor"], found["controls"]["noise"]
-    assert floor["frechet"] < noise["frechet"] and floor["texture"] < noise["texture"] and floor["coverage"] > noise["coverage"]
-    assert found["ratio_to_floor"]["frechet"] == pytest.approx(found["mean"]["frechet"] / floor["frechet"])
-    values = [row["frechet"] for row in found["seeds"]]
+    floor, noise = (found["controls"][name]["values"] for name in ("real (floor)", "noise"))
+    assert floor["frechet"] < noise["frechet"] and floor["texture"] < noise["texture"]
+    assert floor["recall"] > noise["recall"]
+    values = [row["values"]["frechet"] for row in found["seeds"]]
     assert values[0] != values[1] and found["mean"]["frechet"] == pytest.approx(sum(values) / 2)
-    assert found["spread"]["frechet"] == pytest.approx(abs(values[0] - values[1]) / 2**0.5)
+    assert found["over_floor"]["frechet"][0] == pytest.approx(values[0] / floor["frechet"])
     bound = found["bound"]
     assert bound["bits_per_dim"] == pytest.approx(bound["L_T"] + bound["L_kl"] + bound["L_0"])
     for name in ("evaluation.png", "neighbours.png"):
-        with Image.open(own_folder / "results/idx" / name) as picture:
+        with Image.open(own_folder / "results/generated" / name) as picture:
             assert picture.width > 300 and picture.text["sampler"] == configs.SampleConfig().sampler
 
 
 def test_the_sweep_has_a_row_for_each_cell(untrained: list[str], own_folder: Path) -> None:
     assert main([*untrained, "--sweep"]) == 0
-    rows = list(csv.DictReader((own_folder / "results/idx/sweep.csv").open()))
-    assert [(row["sampler"], row["steps"]) for row in rows] == [("ddpm", "5"), ("ddim", "5"), ("dpmpp", "5"), ("dpmpp-sde", "5"), ("unipc", "5"),
-                                                              ("ddpm", "6")]
-    assert all(float(row["seconds_per_256"]) > 0 and float(row["frechet_over_floor"]) > 1 for row in rows)
-    assert Image.open(own_folder / "results/idx/sweep.png").width > 300
+    rows = list(csv.DictReader((own_folder / "results/generated/sweep.csv").open()))
+    samplers = [*evaluate.SAMPLERS]
+    assert [(row["sampler"], row["steps"]) for row in rows] == [*((name, "5") for name in samplers), ("ddpm", "6")]
+    assert all(float(row["seconds_per_256"]) > 0 and float(row["frechet"]) > 1 for row in rows)
+    assert Image.open(own_folder / "results/generated/sweep.png").width > 300
 
 
-def test_real_images_measure_as_the_floor(idx_folder: Path) -> None:
-    """The floor row is nothing but the measures of training images."""
-    train, test = load_idx(idx_folder, "train"), load_idx(idx_folder, "test")
-    reference = evaluate.make_reference(metrics.load_extractor(), train, test)
-    itself = evaluate.measure(test.images, reference, test.labels)
-    assert itself["frechet"] == pytest.approx(0, abs=1e-6) and itself["texture"] == pytest.approx(0, abs=1e-6)
-    assert itself["precision"] == itself["recall"] == itself["coverage"] == 1
-    copied = evaluate.measure(train.images, reference)
-    assert copied["nearest_pixels"] == 0 and copied["nearest_features"] == pytest.approx(0, abs=1e-5)  # a copier is seen
-    assert "asked" not in copied
-
-
-def test_asking_for_some_digits_only(idx_folder: Path) -> None:
-    train, test = load_idx(idx_folder, "train"), load_idx(idx_folder, "test")
-    reference = evaluate.make_reference(metrics.load_extractor(), train, test)
-    row = evaluate.measure(test.images, reference, torch.full((len(test),), 7), quick=True)
-    assert 0 <= row["asked"] <= 1 and row["chi_square"] >= 0
+@pytest.mark.parametrize("encoding", ["ascii", "cp932"])
+def test_a_console_that_lacks_letters_ends_no_evaluation(encoding: str, untrained: list[str],
+                                                         monkeypatch: pytest.MonkeyPatch) -> None:
+    """The table has letters that neither ASCII nor the code page of a Japanese Windows knows."""
+    console = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", console)
+        assert main(untrained) == 0
+    console.flush()
+    said = console.buffer.getvalue()  # type: ignore[attr-defined]
+    assert b"Fr?chet" in said and b"evaluation.png" in said
 
 
 @pytest.mark.parametrize("flags, said", [
     (["--num-images", "199"], "--num-images 199"),
+    (["--num-images", "5000"], "draw at most 1500"),
     (["--steps", "7"], "--steps 7"),
-    (["--data-dir", "nowhere"], "nowhere"),
-    (["--checkpoint", "other.pt"], "other.pt"),
+    (["--checkpoint", "other.safetensors"], "other.safetensors"),
 ])
-def test_what_can_not_be_measured_is_refused(flags: list[str], said: str, untrained: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_can_not_be_measured_is_refused(flags: list[str], said: str, untrained: list[str],
+                                             capsys: Capture) -> None:
     assert main([*untrained, *flags]) == 2
     error = capsys.readouterr().err.strip()
     assert len(error.splitlines()) == 1 and said in error
 
 
-def test_too_few_real_images(untrained: list[str], own_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    write_set(own_folder / "data", 400, 100)
-    assert main(untrained) == 2
-    assert "too few" in capsys.readouterr().err
+def test_other_data_are_not_judged_by_a_classifier_of_digits(untrained: list[str], own_folder: Path,
+                                                             capsys: Capture) -> None:
+    write_set(own_folder / "data", 400, 250)
+    for mode in ("evaluate", "compare"):
+        assert main([*untrained, "--mode", mode, "--dataset", "idx", "--data-dir", "data", "--num-images", "2000",
+                     "--runs", "some.safetensors", "some.safetensors"]) == 2
+        assert "--dataset idx: the classifier that judges images knows only digits" in capsys.readouterr().err
 
 
-def test_weights_of_another_network_are_refused(untrained: list[str], own_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    state = checkpoint.load(own_folder / "some.pt")
+def test_weights_of_another_network_are_refused(untrained: list[str], own_folder: Path, capsys: Capture) -> None:
+    state = checkpoint.load(own_folder / "some.safetensors")
     state["ema"]["stem.weight"] = torch.zeros(8, 3, 3, 3)  # colour images
-    checkpoint.save(own_folder / "some.pt", state)
+    checkpoint.save(own_folder / "some.safetensors", state)
     assert main(untrained) == 2
     assert "stem.weight" in capsys.readouterr().err
+
+
+def test_copying_is_said(few_digits: None) -> None:
+    train = dataset.load_generated("train")
+    yardstick = Yardstick(train, dataset.load_generated("test"), torch.arange(200) % 10)
+    copies = yardstick.measure(train.images[yardstick.sets[0]], yardstick.labels)
+    assert "COPIES" in evaluate.explain(copies, yardstick)
+    new = yardstick.measure(dataset.load_generated("test").images[:200], yardstick.labels)
+    assert "no sign of copying" in evaluate.explain(new, yardstick)
+
+
+# Compare
+
+
+@pytest.fixture
+def two(own_folder: Path, few_digits: None, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Flags that compare a run with another, which is its twin but for its weights, its rate and its code."""
+    for module in ("compare", "yardstick"):
+        monkeypatch.setattr(f"{module}.FEWEST_BLOCKS", 10)
+    monkeypatch.setattr("yardstick.FEWEST_DRAWN", 80)
+    save_network(Path("checkpoints/one/last.safetensors"), code={"model.py": "a", "train.py": "b"})
+    save_network(Path("checkpoints/two/last.safetensors"), 1, ("--lr", "0.1"), code={"model.py": "c", "train.py": "b"},
+                 seconds=120.0)
+    return ["--mode", "compare", "--dataset", "generated", "--num-images", "1000", "--steps", "2", "--device", "cpu"]
+
+
+def test_a_comparison_end_to_end(two: list[str], own_folder: Path, capsys: Capture) -> None:
+    assert main([*two, "--runs", "one", "two"]) == 0
+    output = capsys.readouterr().out
+    for said in ("lr was 0.002, now 0.1", "Code in which they differ: model.py.", "b has 2.00 times a's",
+                 "in class (decides)", "95% interval", "about these two networks", "compare.png"):
+        assert said in output, said
+    assert "they did not see as many images" not in output
+    found = json.loads(Path("results/generated/compare.json").read_text())
+    assert [side["name"] for side in found["sides"]] == ["one", "two"]
+    verdict = found["verdicts"]["within"]
+    assert verdict["interval"][0] < verdict["b"] - verdict["a"] < verdict["interval"][1]
+    assert verdict["verdict"] in ("better", "worse", "no difference shown")
+    assert Image.open("results/generated/compare.png").width > 500
+
+
+@pytest.mark.parametrize("runs, said", [
+    (["one", "three"], "there is no checkpoints/three/last.safetensors"),
+    (["one", "old.pt"], "there is no old.pt"),
+    (["one", "two --seed 3"], "only how it is drawn"),
+    (["one", "two --num-images 300"], "only how it is drawn"),
+    (["one", "two --steps 7"], "--steps 7"),
+    (["one", "two --stepps 7"], "--stepps"),
+    (["one", "pretrained"], "were trained on other classes"),
+    (["one", ""], "there is no"),
+])
+def test_what_does_not_compare_is_refused(runs: list[str], said: str, two: list[str], capsys: Capture) -> None:
+    assert main([*two, "--runs", *runs]) == 2
+    error = capsys.readouterr().err.strip()
+    assert len(error.splitlines()) == 1 and said in error, error
+
+
+def test_comparing_takes_two_sides_and_enough_images(two: list[str], capsys: Capture) -> None:
+    assert main(two) == 2 and "add --runs A B" in capsys.readouterr().err
+    assert main([*two, "--runs", "one", "two", "--num-images", "999"]) == 2
+    assert "at least 1,000" in capsys.readouterr().err
+
+
+def test_a_side_has_its_own_way_of_drawing_or_several_runs(two: list[str]) -> None:
+    config = configs.parse(two)
+    plain, own = (load_side(text, config, 2000, CPU) for text in ("one", "one --guidance 1.5 --sampler ddim --eta 0.5"))
+    assert plain.orders[0].options == config.sample and own.orders[0].options.guidance == 1.5
+    assert torch.equal(plain.orders[0].labels, own.orders[0].labels)
+    said = " ".join(differences(plain, own))
+    assert "guidance is" in said and "sampler is dpmpp-sde, and ddim" in said and "Code" not in said
+    several = load_side("one,two,checkpoints/two/last.safetensors", config, 2000, CPU)
+    assert [trained.step for trained in several.trained] == [100] * 3
+    assert "3 trainings" in differences(plain, several)[1]

@@ -127,7 +127,8 @@ def test_calibrated_error_is_that_of_each_kind_of_pixel() -> None:
     images[:, :, :, 14:] = torch.randint(100, 200, (20, 1, 28, 14), generator=random(), dtype=torch.uint8)
 
     def denoise(x: Tensor, t: int) -> Tensor:  # knows that the left half is black, and of the right half what it sees
-        return torch.cat([torch.full_like(x[..., :14], -1), (x[..., 14:] / schedule.alpha[t].item()).clamp(-0.8, 0.8)], dim=-1)
+        return torch.cat([torch.full_like(x[..., :14], -1),
+                          (x[..., 14:] / schedule.alpha[t].item()).clamp(-0.8, 0.8)], dim=-1)
 
     found = likelihood.calibrate(denoise, schedule, images, batch=20)
     assert found.timesteps[0] == 1 and found.timesteps[-1] == 1000
@@ -150,14 +151,16 @@ def test_the_best_variance_of_the_reverse_process() -> None:
         knots = torch.tensor([1.0, 6.0], dtype=torch.float64)
         relative = torch.full((2, 12), variance, dtype=torch.float64)
         found = likelihood.Uncertainty(knots, relative, torch.ones(12, dtype=torch.float64))
-        return {t: term.item() / 4 for t, term in likelihood.kl_terms(denoise, schedule, x0, 300, random(), found)[1].items()}
+        return {t: term.item() / 4
+                for t, term in likelihood.kl_terms(denoise, schedule, x0, 300, random(), found)[1].items()}
 
     for t, term in terms(0.3).items():
         mean_q, var = posterior(schedule, torch.zeros(1), torch.ones(1), t, t - 1)
         mean_p, _ = posterior(schedule, torch.full((1,), error), torch.ones(1), t, t - 1)
         through_x0 = (mean_p - mean_q).item() / error  # how far the mean moves with x0
         wide = var + through_x0**2 * 0.3 * (1 - schedule.alpha_bar[t].item())
-        q, p = torch.distributions.Normal(mean_q.double(), var**0.5), torch.distributions.Normal(mean_p.double(), wide**0.5)
+        q, p = (torch.distributions.Normal(mean_q.double(), var**0.5),
+                torch.distributions.Normal(mean_p.double(), wide**0.5))
         assert term == pytest.approx(torch.distributions.kl_divergence(q, p).item(), rel=1e-4)
     for t in (2, 4, 6):
         best = error**2 / (1 - schedule.alpha_bar[t].item())
@@ -176,8 +179,10 @@ def test_what_a_pixel_is_worth_follows_from_its_prediction_alone() -> None:
     kinds = likelihood.kind_of(guess)
     assert len(kinds.unique()) == 4 and not (kinds == likelihood.kind_of(images[0, 0] / 127.5 - 1)).any()
     table = torch.arange(1.0, 13.0, dtype=torch.float64)
-    known = likelihood.Uncertainty(torch.tensor([1.0, 3.0], dtype=torch.float64), torch.stack([table, table]) / 4, table / 10)
-    found = likelihood.bits_per_dim(lambda x, t: guess.expand_as(x), schedule, images, strata=200, batch=2, uncertainty=known)
+    known = likelihood.Uncertainty(torch.tensor([1.0, 3.0], dtype=torch.float64), torch.stack([table, table]) / 4,
+                                   table / 10)
+    found = likelihood.bits_per_dim(lambda x, t: guess.expand_as(x), schedule, images, strata=200, batch=2,
+                                    uncertainty=known)
 
     x0, bits = (images[0, 0].double() / 127.5 - 1), math.log(2) * 4
     error, expected = (x0 - guess.double()).square(), 0.0
@@ -186,12 +191,13 @@ def test_what_a_pixel_is_worth_follows_from_its_prediction_alone() -> None:
         wide = 1 + gain * (kinds + 1) / 4 * (1 - schedule.alpha_bar[t]).item()
         expected += 0.5 * ((1 + gain * error) / wide - 1 + wide.log()).sum().item() / bits
     assert found.L_kl == pytest.approx(expected, rel=0.01)
-    decoder = -likelihood.discretised_log_likelihood(images[0, 0], guess.double(), (kinds + 1.0) / 10).sum().item() / bits
+    decoder = -likelihood.discretised_log_likelihood(images[0, 0], guess.double(),
+                                                     (kinds + 1.0) / 10).sum().item() / bits
     assert found.L_0 == pytest.approx(decoder, rel=1e-6)
 
 
 def test_the_bound_is_never_below_the_entropy() -> None:
-    """Pixels black or white at random have one bit each, whatever the variances are chosen to be; the ideal denoiser comes near."""
+    """Pixels black or white at random have one bit each, whatever the variances; the ideal denoiser comes near."""
     schedule = make_schedule(DiffusionConfig(timesteps=1000))
     images = 255 * torch.randint(0, 2, (60, 1, 8, 8), generator=random(), dtype=torch.uint8)
 

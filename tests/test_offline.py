@@ -1,4 +1,4 @@
-"""The offline default: generated digits that ship, verified, under their own name, with a notice that can't be missed."""
+"""The offline default: generated digits that ship, verified, under their own name, with a notice no one can miss."""
 
 import gzip
 from pathlib import Path
@@ -66,18 +66,21 @@ def test_insisting_on_mnist_is_an_error_without_it(offline: Path, capsys: pytest
 
 
 def test_an_offline_run_bears_its_name_and_its_notice(offline: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    flags = [*TINY, "--minutes", "0.02", "--preview", "0", "--num-images", "4", "--steps", "2", "--timesteps", "10", "--device", "cpu"]
+    flags = [*TINY, "--minutes", "0.02", "--preview", "0", "--num-images", "4", "--steps", "2", "--timesteps", "10",
+             "--device", "cpu"]
     assert main(flags) == 0
     output = capsys.readouterr().out
     assert output.count(NOTICE) >= 2 and "results/generated/sample.png" in output and "no network" in output
-    assert (offline / "checkpoints/generated/last.safetensors").exists() and not (offline / "checkpoints/mnist").exists()
+    assert ((offline / "checkpoints/generated/last.safetensors").exists()
+            and not (offline / "checkpoints/mnist").exists())
     assert main(["--mode", "sample", "--num-images", "4", "--steps", "2", "--device", "cpu"]) == 0  # finds that run
     assert "NOT MNIST" in capsys.readouterr().out
 
 
-def test_an_offline_run_is_never_continued_with_other_data(offline: Path, idx_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    flags = [*TINY, "--minutes", "0.02", "--preview", "0", "--num-images", "4", "--steps", "2", "--timesteps", "10", "--device", "cpu",
-             "--name", "mine"]
+def test_an_offline_run_is_never_continued_with_other_data(offline: Path, idx_folder: Path,
+                                                           capsys: pytest.CaptureFixture[str]) -> None:
+    flags = [*TINY, "--minutes", "0.02", "--preview", "0", "--num-images", "4", "--steps", "2", "--timesteps", "10",
+             "--device", "cpu", "--name", "mine"]
     assert main(flags) == 0
     capsys.readouterr()
     assert main([*flags, "--dataset", "idx", "--data-dir", str(idx_folder)]) == 2
@@ -89,8 +92,10 @@ def test_the_weights_that_ship_draw_the_digits_asked_for(own_folder: Path) -> No
     state = checkpoint.load(path)
     assert path.stat().st_size < 10e6 and state["model"] is None and state["optimizer"] is None
     assert sum(weight.numel() for weight in state["ema"].values()) <= 2.3e6 and state["history"]["columns"]
-    assert main(["--mode", "sample", "--checkpoint", str(path), "--num-images", "50", "--digits", "0123456789", "--device", "cpu"]) == 0
+    assert main(["--mode", "sample", "--checkpoint", str(path), "--num-images", "50", "--digits", "0123456789",
+                 "--device", "cpu"]) == 0
     drawn = np.load("results/mnist/samples.npz")
     images = torch.from_numpy(drawn["arr_0"]).permute(0, 3, 1, 2)
     probabilities = metrics.extract(metrics.load_extractor(), images).probabilities
-    assert metrics.drawn_as_asked(probabilities, torch.from_numpy(drawn["arr_1"])) >= 0.94 and metrics.sure_share(probabilities) >= 0.88
+    assert (metrics.drawn_as_asked(probabilities, torch.from_numpy(drawn["arr_1"])) >= 0.94
+            and metrics.sure_share(probabilities) >= 0.88)

@@ -1,17 +1,28 @@
 """Pictures: pixels where they should be, metadata that survive, files that appear whole or not at all."""
 
+import itertools
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import plots
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 
 from config import UserError
+from support import plots
 
 METADATA = {"weights": "0f3a", "sampler": "dpmpp", "steps": "10"}
+
+
+@pytest.fixture
+def figures(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
+    """Those that would have been rendered, to be asked what they show: quicker, and more is known of them."""
+    saved: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: saved.append(figure))
+    return saved
 
 
 @pytest.fixture
@@ -145,11 +156,11 @@ def test_number_has_one_baseline_and_even_gaps(rng):
     digits = strokes(rng, 12)
     line = plots.set_in_line(digits)
     ink = []  # points of each digit's ink in the line
-    for (y, x), digit in zip(places(line, digits), digits[:, 0]):
+    for (y, x), digit in zip(places(line, digits), digits[:, 0], strict=True):
         rows, cols = np.nonzero(digit >= plots.INK_LEVEL)
         ink.append(np.stack([rows - rows.min() + y, cols - cols.min() + x], 1))
     assert len({points[:, 0].max() for points in ink}) == 1, "one baseline"
-    for left, right in zip(ink, ink[1:]):
+    for left, right in itertools.pairwise(ink):
         distance = np.sqrt(np.square(left[:, None] - right[None]).sum(-1)).min()
         shared = np.intersect1d(left[:, 0], right[:, 0])
         gap = min(right[right[:, 0] == row, 1].min() - left[left[:, 0] == row, 1].max() for row in shared)
@@ -188,18 +199,21 @@ def test_number_is_dark_on_white_paper(tmp_path, rng):
 # Plots
 
 
-HISTORY = {
-    "images": [64, 640, 6400, 64000], "train_loss": [1.0, 0.5, 0.1, 0.06],
-    "test_images": [6400, 64000], "test_loss": [0.1, 0.06],
-    "by_level": {"1-500": [0.2, 0.1], "501-1000": [0.03, 0.01]},
-}
-REPORT = {
-    "histogram": {"model": [12] * 10, "test": [9, 11] * 5},
-    "by_timestep": {"t": [1, 10, 100, 1000], "bits": [0.3, 0.01, 1e-3, 1e-5]},
+COLUMNS: dict[str, Any] = {
+    "step": [1, 10, 100, 1000], "images": [64, 640, 6400, 64000], "train_loss": [1.0, 0.5, 0.1, 0.06],
+    "test_loss": [0.9, 0.4, 0.1, 0.05], "skipped": [0, 0, 0, 0], "test_loss_t1-500": [0.8, 0.5, 0.2, 0.1],
+    "test_loss_t501-1000": [0.4, 0.1, 0.03, 0.01], "seconds": [1.0, 2.0, 5.0, 30.0]}
+NAMES = ["all", "texture", "0", "Ankle boot", "$1_$"]  # a class may have any name, even one that looks like a formula
+REPORT: dict[str, Any] = {
+    "distances_over_floor": {name: (3.0 + k, 0.5 * k or None) for k, name in enumerate(NAMES)},
+    "histogram": {"model": [12] * 10, "asked": [9, 11] * 5},
     "manifold": {row: {"precision": p, "recall": p, "coverage": p} for row, p in
                  (("model", 0.9), ("floor", 0.95), ("noise", 0.0))},
-    "distances": {"model": np.linspace(2, 8, 50), "test": np.linspace(1, 9, 40)},
+    "neighbours": {"model": np.linspace(2, 8, 50), "test": np.linspace(1, 9, 40)},
+    "by_timestep": {"t": [1, 10, 100, 1000], "bits": [0.3, 0.01, 1e-3, 1e-5]},
 }
+ROWS = [("Frechet distance", 0.02, 0.018, -0.003, -0.001, "better"), ("texture", 0.5, 0.51, -0.02, 0.05, "the same"),
+        ("sure", 0.98, 0.97, -0.02, -0.005, "worse")]
 
 
 def sweep(path: Path, metadata: dict[str, str]) -> None:
@@ -212,18 +226,22 @@ WRITERS = {
     "grid": lambda path, metadata: plots.save_grid(path, np.zeros((4, 1, 28, 28), np.uint8), 2, metadata),
     "process": lambda path, metadata: plots.save_process(path, np.zeros((2, 6, 1, 28, 28), np.uint8), [9, 0], metadata),
     "number": lambda path, metadata: plots.save_number(path, strokes(np.random.default_rng(0), 3), metadata),
-    "losses": lambda path, metadata: plots.save_losses(path, HISTORY, HISTORY, metadata, 60_000),
+    "losses": lambda path, metadata: plots.save_losses(path, COLUMNS, COLUMNS, metadata, 60_000),
     "sweep": sweep,
-    "evaluation": lambda path, metadata: plots.save_evaluation(path, REPORT, metadata),
+    "evaluation": lambda path, metadata: plots.save_evaluation(
+        path, {**REPORT, "other_writers": {"all": (2.0, None)}}, metadata),
     "neighbours": lambda path, metadata: plots.save_neighbours(
         path, np.zeros((8, 1, 28, 28), np.uint8), np.ones((8, 1, 28, 28), np.uint8), [1.5] * 8, metadata),
     "frontier": lambda path, metadata: plots.save_frontier(path, {"ours": [(1, 9), (10, 2)], "b": [(5, 60)]}, metadata),
+    "comparison": lambda path, metadata: plots.save_comparison(
+        path, (np.zeros((3, 1, 28, 28), np.uint8),) * 2, ("before", "after"), ROWS, metadata),
 }
 
 
+@pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("name", WRITERS)
 def test_png_is_written_whole_with_its_metadata(tmp_path, name):
-    path = tmp_path / "results" / "run" / "picture.png"  # folders are made
+    path = tmp_path / "picture.png"
     metadata = {**METADATA, "remark": "an ü outside ASCII, and 数"}
     WRITERS[name](path, metadata)
     with Image.open(path) as picture:
@@ -233,42 +251,169 @@ def test_png_is_written_whole_with_its_metadata(tmp_path, name):
 
 
 @pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize("cut", [
-    {"test_images": [], "test_loss": [], "by_level": {}},  # before the first evaluation
-    {"test_images": [6400], "test_loss": [0.1], "by_level": {"1-500": [0.2], "501-1000": [0.03]}},
-    {"images": [], "train_loss": [], "test_images": [], "test_loss": [], "by_level": {}},
-    {"train_loss": [1.0, float("nan"), 0.1, 0.06]},
-])
-def test_losses_of_a_run_that_has_just_begun(tmp_path, cut):
-    plots.save_losses(tmp_path / "loss.png", {**HISTORY, **cut}, HISTORY, METADATA, 60_000)
-    plots.save_losses(tmp_path / "loss.png", {**HISTORY, **cut}, None, METADATA)
+@pytest.mark.parametrize("rows, reference, epoch_size", [(0, None, 60_000), (0, COLUMNS, None), (1, {}, 60_000)])
+def test_losses_of_a_run_that_has_just_begun(tmp_path, rows, reference, epoch_size):
+    columns = {name: values[:rows] for name, values in COLUMNS.items()} | {"train_loss": [float("nan")] * rows}
+    plots.save_losses(tmp_path / "loss.png", columns, reference, METADATA, epoch_size)
+
+
+@pytest.mark.parametrize("rows, after", [(0, []), (1, ["64"]), (2, ["64", "640"]), (4, ["64", "64,000"])])
+def test_losses_show_the_first_and_the_last_of_each_noise_level(tmp_path, figures, rows, after):
+    columns = {name: values[:rows] for name, values in COLUMNS.items()}
+    for reference in (None, {}, COLUMNS):
+        plots.save_losses(tmp_path / "loss.png", columns, reference)
+    for figure, shipped in zip(figures, ([], [], ["shipped weights"]), strict=True):
+        curve, levels = figure.axes
+        assert legend(curve) == [*shipped, "training", "test"]
+        assert legend(levels) == ([*shipped, *(f"after {images} images" for images in after)] if rows else [])
+
+
+def test_losses_show_the_columns_of_metrics_csv(tmp_path, figures):
+    plots.save_losses(tmp_path / "loss.png", COLUMNS, {**COLUMNS, "test_loss_t1-500": [9.0]}, METADATA, 60_000)
+    curve, levels = figures[0].axes
+    lines = {line.get_label(): line for line in (*curve.lines, *levels.lines)}
+    np.testing.assert_array_equal(lines["training"].get_xydata().T, [COLUMNS["images"], COLUMNS["train_loss"]])
+    np.testing.assert_array_equal(lines["test"].get_ydata(), COLUMNS["test_loss"])
+    np.testing.assert_array_equal(lines["after 64 images"].get_ydata(), [0.8, 0.4])
+    np.testing.assert_array_equal(lines["after 64,000 images"].get_ydata(), [0.1, 0.01])
+    np.testing.assert_array_equal(lines["shipped weights"].get_ydata(), [9.0, 0.01])
+    assert [label.get_text() for label in levels.get_xticklabels()] == ["1-500", "501-1000"]
+    (epochs,) = curve.child_axes
+    figures[0].draw_without_rendering()
+    assert epochs.get_xlabel() == "epochs" and np.allclose(epochs.get_xlim(), np.divide(curve.get_xlim(), 60_000))
+
+
+def legend(axes: Any) -> list[str]:
+    return [text.get_text() for text in axes.get_legend().get_texts()] if axes.get_legend() else []
+
+
+@pytest.mark.parametrize("keys", [*(list(REPORT)[:n] for n in range(1, 6)), ["by_timestep"], list(REPORT)[2:4]])
+def test_evaluation_has_a_panel_for_what_was_measured_and_no_other(tmp_path, figures, keys):
+    plots.save_evaluation(tmp_path / "e.png", {key: REPORT[key] for key in keys}, METADATA)
+    titles = {"distances_over_floor": "Distance to the training images", "histogram": "Digits drawn",
+              "manifold": "Fidelity and variety", "neighbours": "Nearest training image",
+              "by_timestep": "Where the bits go"}
+    assert [axes.get_title("left") for axes in figures[0].axes] == [titles[key] for key in keys]
+    columns, rows = {1: (1, 1), 2: (2, 1), 3: (3, 1), 4: (2, 2), 5: (3, 2)}[len(keys)]
+    assert list(figures[0].get_size_inches() * figures[0].dpi) == [660 * columns, 540 * rows]
+
+
+def test_evaluation_of_which_nothing_was_measured_is_an_empty_page(tmp_path):
+    plots.save_evaluation(tmp_path / "e.png", {}, METADATA)
+    with Image.open(tmp_path / "e.png") as picture:
+        assert picture.size == (660, 540)
+
+
+def test_evaluation_sets_distances_against_real_images(tmp_path, figures):
+    others = dict.fromkeys(NAMES, (2.0, None))
+    for report in (REPORT, {**REPORT, "other_writers": others}):
+        plots.save_evaluation(tmp_path / "e.png", report, METADATA)
+    before, after = (figure.axes[0] for figure in figures)
+    assert set(legend(before)) == {"generated", "real images"}
+    assert set(legend(after)) == {"generated", "real images", "test set (other writers)"}
+    assert before.get_xscale() == "log" and before.lines[-1].get_xdata() == [1, 1]
+    assert [label.get_text().replace("\\", "") for label in before.get_yticklabels()] == NAMES
+    low, high = before.get_ylim()
+    assert low > len(NAMES) - 1 and high < 0, "the first name is on top"
+    (bars,) = before.containers[0].lines[2]
+    spans = [(y, x0, x1) for (x0, y), (x1, _) in filter(len, bars.get_segments())]
+    assert spans == [(k, 3 + 0.5 * k, 3 + 1.5 * k) for k in range(1, len(NAMES))], "the first has no error"
+
+
+def test_evaluation_compares_what_was_drawn_with_what_was_asked(tmp_path, figures):
+    plots.save_evaluation(tmp_path / "e.png", {"histogram": REPORT["histogram"]}, METADATA)
+    (axes,) = figures[0].axes
+    heights = {bars.get_label(): [bar.get_height() for bar in bars] for bars in axes.containers}
+    np.testing.assert_allclose(heights["generated"], [10] * 10)
+    np.testing.assert_allclose(heights["asked for"], [9, 11] * 5)
+    assert [label.get_text() for label in axes.get_xticklabels()] == list("0123456789")
+
+
+def test_frontier_names_curves_and_marks_real_images(tmp_path, figures):
+    plots.save_frontier(tmp_path / "f.png", {"ours": [(10, 2), (1.5, 9)], "theirs": [(5, 60)]}, METADATA)
+    (axes,) = figures[0].axes
+    assert [text.get_text() for text in figures[0].legends[0].get_texts()] == ["real images", "ours", "theirs"]
+    np.testing.assert_array_equal(axes.lines[1].get_xydata(), [(1.5, 9), (10, 2)])
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["1.5", "5", "10"]
+
+
+# Comparisons
+
+
+def compare(path: Path, count: int, rows: list[Any] = ROWS) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Both models' images, and the picture's pixels."""
+    pairs = noise(np.random.default_rng(1), 2, count, 1, 28, 28)
+    plots.save_comparison(path, (pairs[0], pairs[1]), ("before", "a rather long name after it"), rows, METADATA)
+    with Image.open(path) as picture:
+        return pairs[0], pairs[1], np.asarray(picture.convert("L"))
+
+
+@pytest.mark.parametrize("count", [1, 16, 40])
+def test_comparison_shows_pairs_pixel_by_pixel_in_double_rows(tmp_path, count):
+    before, after, picture = compare(tmp_path / "c.png", count)
+    lines = -(-count // 16)
+    columns = -(-count // lines)
+    assert picture.shape[1] >= 216 + 92 * columns
+    for i in range(count):
+        row, column = divmod(i, columns)
+        y, x = 8 + row * 176, 216 + 92 * column
+        both = picture[y:y + 168, x:x + 84]
+        np.testing.assert_array_equal(both, np.concatenate([before[i, 0], after[i, 0]]).repeat(3, 0).repeat(3, 1))
+    for top in range(8, 8 + 176 * lines, 84 + 4):
+        assert picture[top:top + 80, 8:208].min() < 100, "each row is named"
+        assert (picture[top:top + 80, 208:216] == 255).all() and (picture[top:top + 80, :8] == 255).all()
+
+
+def test_comparison_draws_the_interval_of_each_relative_change(tmp_path, rng, figures):
+    skipped = [("zero", 0.0, 1.0, 0.5, 1.5, "worse"), ("unknown", 1.0, 1.0, None, None, "no difference")]
+    far = ("far", 1.0, 9.0, 7.0, 9.0, "worse"), ("negative", -2.0, -1.9, 0.05, 0.15, "better")
+    images = noise(rng, 2, 28, 28)
+    plots.save_comparison(tmp_path / "c.png", (images, images), ("a", "b"), [*skipped, *ROWS, *far], METADATA)
+    (axes,) = figures[0].axes
+    labels = [label.get_text() for label in axes.get_yticklabels()]
+    assert labels == ["Frechet distance", "texture", "sure", "far", "negative"]
+    assert axes.yaxis_inverted(), "the first row is on top"
+    assert [(text.get_text(), text.get_color()) for text in axes.texts] == [
+        ("better (-10.0%)", plots.GREEN), ("the same (+2.0%)", plots.GREY), ("worse (-1.0%)", plots.ORANGE),
+        ("worse (+800.0%)", plots.ORANGE), ("better (+5.0%)", plots.GREEN)]
+    intervals = [line for line in axes.lines if len(line.get_xdata()) == 3]
+    np.testing.assert_allclose(intervals[0].get_xdata(), [-15, -10, -5])
+    np.testing.assert_allclose(intervals[4].get_xdata(), [2.5, 5, 7.5])
+    assert [line.get_color() for line in intervals] == [text.get_color() for text in axes.texts]
+    low, high = axes.get_xlim()
+    assert low == -high and 15 < high < 100, "what is far off does not flatten the others"
+    arrows = [line for line in axes.lines if line.get_marker() in ("<", ">")]
+    assert {(line.get_marker(), line.get_xdata()[0]) for line in arrows} == {(">", high)}
+    assert any(list(line.get_xdata()) == [0, 0] for line in axes.lines), "a line at no change"
 
 
 @pytest.mark.filterwarnings("error")
-def test_evaluation_takes_what_was_measured(tmp_path):
-    sizes = set()
-    for keys in (["histogram", "manifold"], ["by_timestep", "distances"], []):
-        plots.save_evaluation(tmp_path / "e.png", {key: REPORT[key] for key in keys}, METADATA)
-        with Image.open(tmp_path / "e.png") as picture:
-            sizes.add(picture.size)
-    assert len(sizes) == 1
+@pytest.mark.parametrize("rows", [[], [("a $b_$", 1.0, 1.0, 0.0, 0.0, "no difference")]])
+def test_comparison_without_a_difference_or_without_measures(tmp_path, rows):
+    compare(tmp_path / "c.png", 3, rows)
 
 
 def test_sweep_leaves_missing_cells_blank(tmp_path):
     sweep(tmp_path / "sweep.png", METADATA)
     picture = np.asarray(Image.open(tmp_path / "sweep.png"))
-    first, second = picture[104:228], picture[104 + 180:228 + 180]  # the cells of both samplers
-    left = int(np.flatnonzero((first == 0).all(0))[0])
-    assert (first[:, left + 244 + 14:left + 2 * 244 + 14] < 255).any(), "ddpm at 1000 steps"
-    assert (second[:, left:left + 244] < 255).any(), "dpmpp at 5 steps"
-    assert (picture[104 + 180:, left + 244:] == 255).all(), "dpmpp at 1000 steps was not drawn"
-    assert (picture[104 + 124:104 + 166, left:left + 244] < 120).any(), "seconds below the cell"
+    top, bottom, second, end, left = 120, 244, 300, 424, 194  # of the two rows of cells, and of the first column
+    cell, next_cell = slice(left, left + 244), slice(left + 256, left + 500)
+    digits = plots.to_grid(noise(np.random.default_rng(1), 8, 1, 28, 28), 4).repeat(2, 0).repeat(2, 1)
+    for rows, columns in ((slice(top, bottom), cell), (slice(top, bottom), next_cell), (slice(second, end), cell)):
+        np.testing.assert_array_equal(picture[rows, columns], digits)
+    assert (picture[second:, left + 244:] == 255).all(), "dpmpp at 1000 steps was not drawn"
+    assert (picture[bottom:second, cell] < 120).any(), "seconds below the cell"
+    assert (picture[:top, cell] < 120).any() and (picture[top:bottom, :left] < 120).any(), "steps and sampler"
 
 
 # Files
 
 
-@pytest.mark.parametrize("name", ["grid", "losses"])
+ANIMATION = {"animation": lambda path, metadata: plots.save_animation(
+    path, np.zeros((2, 1, 28, 28), np.uint8), metadata)}
+
+
+@pytest.mark.parametrize("name", ["grid", "frontier", "animation"])
 def test_a_failing_write_leaves_the_old_file(tmp_path, monkeypatch, name):
     path = tmp_path / "picture.png"
     path.write_bytes(b"old")
@@ -276,25 +421,27 @@ def test_a_failing_write_leaves_the_old_file(tmp_path, monkeypatch, name):
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(plots.os, "fsync", full)
+    monkeypatch.setattr("support.files.os.fsync", full)
     with pytest.raises(UserError, match=r"picture\.png.*No space left"):
-        WRITERS[name](path, METADATA)
+        (WRITERS | ANIMATION)[name](path, METADATA)
     assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
 
 
-def test_a_folder_that_is_a_file_is_a_user_error(tmp_path):
+def test_a_folder_that_is_a_file_or_missing_is_a_user_error(tmp_path):
     (tmp_path / "results").write_text("not a folder")
-    with pytest.raises(UserError, match="results") as caught:
-        WRITERS["grid"](tmp_path / "results" / "sample.png", METADATA)
-    assert "\n" not in str(caught.value)
+    for folder in ("results", "missing"):
+        with pytest.raises(UserError, match=folder) as caught:
+            WRITERS["grid"](tmp_path / folder / "sample.png", METADATA)
+        assert "\n" not in str(caught.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["results"], "folders are for others to make"
 
 
 def test_drawing_digits_imports_neither_matplotlib_nor_torch(tmp_path):
-    code = ("import sys, numpy as np, plots; from pathlib import Path; x = np.zeros((6, 1, 28, 28), np.uint8); "
-            "m = {}; p = Path(sys.argv[1]); plots.save_grid(p, x, 3, m); plots.save_process(p, x[None], [0], m); "
-            "plots.save_animation(p, x[None], m); plots.save_number(p, x, m); "
+    code = ("import sys, numpy as np; from pathlib import Path; from support import plots; "
+            "x = np.zeros((6, 1, 28, 28), np.uint8); m = {}; p = Path(sys.argv[1]); plots.save_grid(p, x, 3, m); "
+            "plots.save_process(p, x[None], [0], m); plots.save_animation(p, x[None], m); plots.save_number(p, x, m); "
             "sys.exit('matplotlib' in sys.modules or 'torch' in sys.modules)")
-    folder = Path(plots.__file__).parent
+    folder = Path(plots.__file__).parent.parent
     assert subprocess.run([sys.executable, "-c", code, str(tmp_path / "x.png")], cwd=folder).returncode == 0
 
 

@@ -1,7 +1,7 @@
 """A run that cannot be lost: bad numbers, full disks, damaged files, changed settings, signals and several processes.
 
-Most of it runs in this process through `main(argv)`; kills of real processes are in test_end_to_end.py and, by the dozen,
-in benchmarks/stress.py.
+Most of it runs in this process through `main(argv)`; kills of real processes are in test_end_to_end.py and, by the
+dozen, in benchmarks/stress.py.
 """
 
 import contextlib
@@ -35,8 +35,8 @@ from support.runtime import Runtime
 from tests.conftest import ROOT, TINY, write_set
 from tests.processes import assert_close, assert_same, learned, nothing, start, start_ranks, wait_for
 
-RUN = ["--dataset", "idx", "--batch-size", "8", "--epochs", "2", "--timesteps", "100", "--preview", "0", "--device", "cpu", *TINY,
-       "--steps", "3", "--num-images", "16"]  # 16 steps
+RUN = ["--dataset", "idx", "--batch-size", "8", "--epochs", "2", "--timesteps", "100", "--preview", "0",
+       "--device", "cpu", *TINY, "--steps", "3", "--num-images", "16"]  # 16 steps
 SAMPLE = ["--mode", "sample", "--dataset", "idx", "--device", "cpu", "--steps", "3", "--num-images", "16"]
 LAST, PREVIOUS = Path("checkpoints/idx/last.safetensors"), Path("checkpoints/idx/previous.safetensors")
 Capture = pytest.CaptureFixture[str]
@@ -132,7 +132,8 @@ def poison(steps: range, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_step_that_is_not_finite_changes_nothing(broken: Callable[[torch.Tensor], torch.Tensor], flags: list[str],
                                                    monkeypatch: pytest.MonkeyPatch) -> None:
     config, cpu = configs.parse(flags), Runtime(torch.device("cpu"), bf16=False, compile=False)
-    run, loss = train.new_run(config, cpu, dataset.load(config, "train"), dataset.load(config, "test")), train.diffusion_loss
+    run = train.new_run(config, cpu, dataset.load(config, "train"), dataset.load(config, "test"))
+    loss = train.diffusion_loss
 
     def step() -> float | None:
         return train.training_step(run.network, run)
@@ -151,7 +152,8 @@ def test_a_step_that_is_not_finite_changes_nothing(broken: Callable[[torch.Tenso
     assert step() is not None and everything() != before
 
 
-def test_skipped_steps_are_counted(own_folder: Path, flags: list[str], monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+def test_skipped_steps_are_counted(own_folder: Path, flags: list[str], monkeypatch: pytest.MonkeyPatch,
+                                   capsys: Capture) -> None:
     poison(range(3, 5), monkeypatch)
     assert main(flags) == 0
     assert "16 steps" in (output := capsys.readouterr().out) and "2 steps skipped" in output
@@ -160,7 +162,8 @@ def test_skipped_steps_are_counted(own_folder: Path, flags: list[str], monkeypat
 
 
 def test_many_bad_steps_in_a_row_end_the_run_and_leave_the_checkpoint(own_folder: Path, flags: list[str],
-                                                                      monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+                                                                      monkeypatch: pytest.MonkeyPatch,
+                                                                      capsys: Capture) -> None:
     flags = [*flags, "--epochs", "3"]
     with monkeypatch.context() as patch:
         patch.setattr(train, "SAVE_SECONDS", 0.0)
@@ -169,11 +172,12 @@ def test_many_bad_steps_in_a_row_end_the_run_and_leave_the_checkpoint(own_folder
     assert "not finite in 20 steps in a row" in line and "step 23" in line and "--lr" in line and str(LAST) in line
     state = checkpoint.load(LAST)
     assert state["step"] == 3 and state["history"]["skipped"] == 0
-    assert main(flags) == 0 and "3 steps, 0.4 epochs" in capsys.readouterr().out  # where the numbers are good again, it goes on
+    # Where the numbers are good again, it goes on.
+    assert main(flags) == 0 and "3 steps, 0.4 epochs" in capsys.readouterr().out
 
 
-def test_a_run_that_never_was_good_has_no_checkpoint(own_folder: Path, flags: list[str], monkeypatch: pytest.MonkeyPatch,
-                                                     capsys: Capture) -> None:
+def test_a_run_that_never_was_good_has_no_checkpoint(own_folder: Path, flags: list[str],
+                                                     monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
     poison(range(1000), monkeypatch)
     monkeypatch.setattr(train, "BAD_STEPS", 3)
     assert "last.safetensors" not in refused([*flags, "--epochs", "3"], capsys) and not LAST.exists()
@@ -187,7 +191,8 @@ def test_weights_that_are_not_finite_are_not_saved(there: Path, flags: list[str]
     line = refused([*flags, "--epochs", "3"], capsys)
     assert "not finite after step 17" in line and str(LAST) in line
     after = checkpoint.load(LAST)
-    assert after["step"] == 16 and all(torch.equal(after["model"][name], weight) for name, weight in before["model"].items())
+    assert after["step"] == 16 and all(torch.equal(after["model"][name], weight)
+                                       for name, weight in before["model"].items())
 
 
 def test_weights_that_draw_nonsense_are_called_out(there: Path, capsys: Capture) -> None:
@@ -196,7 +201,8 @@ def test_weights_that_draw_nonsense_are_called_out(there: Path, capsys: Capture)
     def draw_with(prediction: str, **filled: float) -> None:
         def edit(state: dict[str, Any]) -> None:
             state["config"]["diffusion"]["prediction"] = prediction
-            state["ema"] = {name: torch.full_like(value, filled.get(name.replace(".", "_"), 0)) for name, value in weights.items()}
+            state["ema"] = {name: torch.full_like(value, filled.get(name.replace(".", "_"), 0))
+                            for name, value in weights.items()}
 
         change(LAST, edit)
 
@@ -212,7 +218,8 @@ def test_weights_that_draw_nonsense_are_called_out(there: Path, capsys: Capture)
     pictures = {path: path.read_bytes() for path in Path("results/idx").iterdir()}
     draw_with("x0", stem_weight=3e38, norm_weight=1, head_weight=1)
     line = refused(SAMPLE, capsys)
-    assert "stopped being finite at t = " in line and pictures == {path: path.read_bytes() for path in Path("results/idx").iterdir()}
+    assert ("stopped being finite at t = " in line
+            and pictures == {path: path.read_bytes() for path in Path("results/idx").iterdir()})
     draw_with("x0", head_weight=torch.nan)
     assert "head.weight is not finite" in refused(SAMPLE, capsys)
 
@@ -231,7 +238,8 @@ def test_dropout_is_the_same_after_a_stop(own_folder: Path, flags: list[str], mo
     assert_same(learned(own_folder, "straight"), learned(own_folder, "stopped"))
 
 
-def test_a_stop_in_the_last_step_loses_neither_its_row_nor_the_pictures(finished: Path, own_folder: Path, flags: list[str],
+def test_a_stop_in_the_last_step_loses_neither_its_row_nor_the_pictures(finished: Path, own_folder: Path,
+                                                                        flags: list[str],
                                                                         monkeypatch: pytest.MonkeyPatch) -> None:
     stop_at(16, monkeypatch)
     assert main(flags) == 130 and not Path("results/idx/sample.png").exists()
@@ -239,7 +247,8 @@ def test_a_stop_in_the_last_step_loses_neither_its_row_nor_the_pictures(finished
     assert_same(learned(finished), learned(own_folder))
 
 
-def test_a_stop_in_the_last_step_between_two_rows_loses_no_row(own_folder: Path, flags: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stop_in_the_last_step_between_two_rows_loses_no_row(own_folder: Path, flags: list[str],
+                                                               monkeypatch: pytest.MonkeyPatch) -> None:
     flags = [*flags, "--epochs", "3"]
     stop_at(24, monkeypatch)
     assert main(flags) == 130 and not Path("results/idx/sample.png").exists()
@@ -257,8 +266,8 @@ def test_a_run_that_was_killed_while_drawing_draws(there: Path, flags: list[str]
 
 
 @pytest.mark.parametrize("schedule, end", [("linear", "falls to zero"), ("constant", "stays there")])
-def test_more_epochs_extend_a_run_and_say_what_the_rate_does(schedule: str, end: str, own_folder: Path, flags: list[str],
-                                                             capsys: Capture) -> None:
+def test_more_epochs_extend_a_run_and_say_what_the_rate_does(schedule: str, end: str, own_folder: Path,
+                                                             flags: list[str], capsys: Capture) -> None:
     flags = [*flags, "--lr-schedule", schedule, "--warmup", "0", "--lr", "0.01"]
     assert main([*flags, "--epochs", "1"]) == 0
     short = learned(own_folder)["rows"]
@@ -301,13 +310,15 @@ def test_fresh_keeps_what_was_there(there: Path, flags: list[str], idx_folder: P
         assert (kept / "metrics.csv").exists() and {path.name for path in kept.iterdir()} >= pictures.keys()
     assert Path("checkpoints/idx/old1-last.safetensors").read_bytes() == old
     assert checkpoint.load(Path("checkpoints/idx/old2-last.safetensors"))["config"]["train"]["lr"] == 0.1
-    assert {path.name: path.read_bytes() for path in Path("results/idx/old1").iterdir() if path.name in pictures} == pictures
+    assert {path.name: path.read_bytes() for path in Path("results/idx/old1").iterdir()
+            if path.name in pictures} == pictures
 
 
 # What is not this run
 
 
-def test_other_images_under_the_same_name(there: Path, flags: list[str], tmp_path: Path, idx_folder: Path, capsys: Capture) -> None:
+def test_other_images_under_the_same_name(there: Path, flags: list[str], tmp_path: Path, idx_folder: Path,
+                                          capsys: Capture) -> None:
     before = LAST.read_bytes()
     other = shutil.copytree(idx_folder, tmp_path / "other")
     images = other / "train-images-idx3-ubyte"
@@ -332,8 +343,8 @@ def test_other_images_under_the_same_name(there: Path, flags: list[str], tmp_pat
     (lambda state: state["optimizer"]["adamw"].update(param_groups=[]), "optimizer"),
     (lambda state: state.update(optimizer=None), "only averaged weights"),
 ])
-def test_a_whole_checkpoint_of_another_making(edit: Callable[[dict[str, Any]], Any], said: str, there: Path, flags: list[str],
-                                              capsys: Capture) -> None:
+def test_a_whole_checkpoint_of_another_making(edit: Callable[[dict[str, Any]], Any], said: str, there: Path,
+                                              flags: list[str], capsys: Capture) -> None:
     change(LAST, edit)
     before = LAST.read_bytes()
     line = refused([*flags, "--epochs", "3"], capsys)
@@ -342,9 +353,11 @@ def test_a_whole_checkpoint_of_another_making(edit: Callable[[dict[str, Any]], A
 
 @pytest.mark.parametrize("mode", ["train", "sample"])
 @pytest.mark.parametrize("damage", [lambda data: data[:len(data) // 2], lambda data: b"",
-                                    lambda data: data[:9000] + bytes([data[9000] ^ 1]) + data[9001:]], ids=["half", "empty", "bit"])
-def test_a_damaged_checkpoint_is_named_kept_and_the_one_before_offered(mode: str, damage: Callable[[bytes], bytes], there: Path,
-                                                                       flags: list[str], capsys: Capture) -> None:
+                                    lambda data: data[:9000] + bytes([data[9000] ^ 1]) + data[9001:]],
+                         ids=["half", "empty", "bit"])
+def test_a_damaged_checkpoint_is_named_kept_and_the_one_before_offered(mode: str, damage: Callable[[bytes], bytes],
+                                                                       there: Path, flags: list[str],
+                                                                       capsys: Capture) -> None:
     arguments = SAMPLE if mode == "sample" else [*flags, "--epochs", "3"]
     LAST.write_bytes(damage(LAST.read_bytes()))
     files = {path: path.read_bytes() for path in LAST.parent.iterdir()}
@@ -365,7 +378,8 @@ def test_what_the_end_needs_is_checked_at_the_start(own_folder: Path, flags: lis
     assert not list(own_folder.iterdir())
 
 
-def test_code_that_was_edited_since_is_named(there: Path, flags: list[str], monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+def test_code_that_was_edited_since_is_named(there: Path, flags: list[str], monkeypatch: pytest.MonkeyPatch,
+                                             capsys: Capture) -> None:
     """An edit of model.py and of the optimizer, as the run that goes on would find it."""
     edited = {**train.code_digests(), "model.py": "0" * 16, "support/optimizer.py": "1" * 16}
     monkeypatch.setattr(train, "code_digests", lambda: edited)
@@ -392,11 +406,13 @@ def test_digests_of_code_see_every_edit(tmp_path: Path, monkeypatch: pytest.Monk
         (tmp_path / name).write_bytes((ROOT / name).read_bytes())
 
 
-def test_drawing_takes_the_schedule_of_the_checkpoint_not_of_the_code(there: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_drawing_takes_the_schedule_of_the_checkpoint_not_of_the_code(there: Path,
+                                                                      monkeypatch: pytest.MonkeyPatch) -> None:
     assert main(SAMPLE) == 0
     images = np.load("results/idx/samples.npz")["arr_0"]
     for module in ("diffusion", "train"):
-        monkeypatch.setattr(f"{module}.make_schedule", lambda config: NoiseSchedule(torch.linspace(1, 0.5, 101).double()))
+        monkeypatch.setattr(f"{module}.make_schedule",
+                            lambda config: NoiseSchedule(torch.linspace(1, 0.5, 101).double()))
     assert main(SAMPLE) == 0
     assert np.array_equal(np.load("results/idx/samples.npz")["arr_0"], images)
 
@@ -435,7 +451,8 @@ def file_size_limit(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_no_room_for_a_checkpoint(there: Path, flags: list[str], monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+def test_no_room_for_a_checkpoint(there: Path, flags: list[str], monkeypatch: pytest.MonkeyPatch,
+                                  capsys: Capture) -> None:
     before = LAST.read_bytes()
     monkeypatch.setattr(train, "SAVE_SECONDS", 0.0)
     with file_size_limit(len(before) // 2):
@@ -483,7 +500,8 @@ def hang(*_: Any) -> None:
 
 def test_a_second_ctrl_c_leaves_at_once_and_loses_nothing(own_folder: Path, flags: list[str]) -> None:
     flags = [*flags, "--epochs", "1000"]
-    program = start(own_folder, *flags, changes={"train.SAVE_SECONDS": 0.0, "support.plots.save_losses": nothing, "os.fsync": fsync_or_hang})
+    program = start(own_folder, *flags, changes={"train.SAVE_SECONDS": 0.0, "support.plots.save_losses": nothing,
+                                                 "os.fsync": fsync_or_hang})
     wait_for(LAST.exists)
     (own_folder / "hang").touch()
     wait_for(lambda: list(own_folder.rglob("*.part")))
@@ -508,7 +526,8 @@ def test_a_second_ctrl_c_leaves_at_once_and_loses_nothing(own_folder: Path, flag
 @pytest.mark.parametrize("mode", ["sample", "evaluate"])
 def test_ctrl_c_ends_the_other_modes_too(mode: str, there: Path) -> None:
     changes = {"support.metrics.load_extractor": hang} if mode == "evaluate" else {}
-    program = start(there, "--mode", mode, "--dataset", "idx", "--device", "cpu", "--num-images", "100000", "--steps", "100", changes=changes)
+    program = start(there, "--mode", mode, "--dataset", "idx", "--device", "cpu", "--num-images", "100000",
+                    "--steps", "100", changes=changes)
     wait_for(lambda: re.search(r" [1-9]\d*/\d", program.errors) or "hanging" in program.errors)
     program.signal(signal.SIGINT)
     assert not program.finish(130).count("Time:") and not program.lines()
@@ -544,9 +563,11 @@ def test_all_processes_leave_together_with_one_line(there: Path, flags: list[str
     assert "last.safetensors" in end_alike(start_ranks(there, 2, *flags, "--epochs", "3"))
 
 
-def test_a_run_stopped_on_two_processes_goes_on_on_one(finished: Path, own_folder: Path, flags: list[str], capsys: Capture) -> None:
+def test_a_run_stopped_on_two_processes_goes_on_on_one(finished: Path, own_folder: Path, flags: list[str],
+                                                       capsys: Capture) -> None:
     programs = start_ranks(own_folder, 2, *flags, "--preview", "1",
-                           changes={"train.SAVE_SECONDS": 0.0, "support.plots.save_losses": nothing, "train.BAD_STEPS": 20})
+                           changes={"train.SAVE_SECONDS": 0.0, "support.plots.save_losses": nothing,
+                                    "train.BAD_STEPS": 20})
     wait_for(Path("results/idx/preview-0000002.png").exists)
     programs[1].signal(signal.SIGTERM)  # whichever of them gets it
     outputs = [program.finish(143) for program in programs]

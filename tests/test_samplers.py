@@ -282,7 +282,7 @@ def test_variance_of_standard_normal_data(name, options, schedule_name, steps):
 @pytest.mark.parametrize("schedule_name", SCHEDULES)
 @pytest.mark.parametrize("steps", STEPS)
 def test_stochastic_dpmpp_on_standard_normal_data(schedule_name, steps):
-    """Against the reverse SDE's exact solution for x0_hat on a straight line, in terms of h, the gain in log-SNR / 2."""
+    """Against the reverse SDE's exact solution for x0_hat on a straight line, in terms of h, the gain in log-SNR/2."""
     schedule, timesteps, basis = schedule_of(schedule_name), spaced_timesteps(T, steps), Basis(steps)
     alpha, sigma = schedule.alpha.tolist(), schedule.sigma.tolist()
     x, before, noises = basis.start, None, iter(torch.eye(steps + 1, dtype=torch.float64)[1:])
@@ -306,7 +306,8 @@ def test_stochastic_dpmpp_on_standard_normal_data(schedule_name, steps):
 def test_stochastic_dpmpp_is_ddpm_where_x0_hat_stays_the_same():
     schedule, timesteps = schedule_of("cosine"), spaced_timesteps(T, 7)
     x = torch.tensor([1.0, -0.3], dtype=torch.float64)
-    one, other = (final(name, lambda x, t: torch.full_like(x, 0.4), schedule, x, timesteps[:-1], stream(x)) for name in ("dpmpp-sde", "ddpm"))
+    one, other = (final(name, lambda x, t: torch.full_like(x, 0.4), schedule, x, timesteps[:-1], stream(x))
+                  for name in ("dpmpp-sde", "ddpm"))
     torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
 
 
@@ -338,8 +339,8 @@ def integrate(denoise, schedule, x, timesteps, order, corrector):
 
     The integral runs over half the log-SNR up to s. x0_hat is a Lagrange polynomial through the latest `order`
     evaluations, or a corrector's also through the one at s, and is integrated by Gauss-Legendre quadrature; without a
-    corrector, a straight line is taken at the middle of the step instead, as in DPM-Solver++ 2M. From infinite noise and to none
-    it is the latest evaluation.
+    corrector, a straight line is taken at the middle of the step instead, as in DPM-Solver++ 2M. From infinite noise
+    and to none it is the latest evaluation.
     """
     alpha, sigma = schedule.alpha.tolist(), schedule.sigma.tolist()
     clock = [math.log(a / s) if a > 0 and s > 0 else None for a, s in zip(alpha, sigma)]

@@ -1,0 +1,227 @@
+"""mode compare: did a change help? Two sides draw the same seeds and labels, and every measure gets a verdict.
+
+A side is one network or several trainings of one recipe. One network a side can only tell these two networks apart;
+whether a recipe is better takes several trainings of each, since trainings differ by luck.
+"""
+
+import dataclasses
+import json
+import shlex
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+import config as configs
+import dataset
+from config import RESERVED, Config, UserError
+from drawing import Order, Trained, draw, guided, load_trained, origin
+from samplers import spaced_timesteps
+from support import checkpoint, plots
+from support.files import make_folder, write_atomically
+from support.runtime import Clock, Runtime, to_uint8
+from yardstick import (
+    FEWEST_BLOCKS,
+    FEWEST_RUNS,
+    HEADLINE,
+    SPREAD,
+    Row,
+    Verdict,
+    Yardstick,
+    require_known,
+    smallest_shown,
+    verdicts,
+)
+
+SHOWN = 12  # pairs of digits in compare.png
+ALIKE = 0.1  # relative difference in images seen, or in time, from which it is called out
+
+
+@dataclass(frozen=True)
+class Side:
+    """What stands on one side: how it was named, and each of its networks with the order that it draws."""
+
+    name: str
+    trained: list[Trained]
+    orders: list[Order]
+
+
+def run(config: Config, runtime: Runtime) -> None:
+    """Draws both sides, measures them alike, and says of each measure whether b is better than a."""
+    clock = Clock(runtime)
+    if config.compare.runs is None:
+        raise UserError("--mode compare: it needs two sides; add --runs A B, such as --runs pretrained mine")
+    count = config.sample.num_images or 10_000
+    if count < 100 * FEWEST_BLOCKS:
+        raise UserError(f"--num-images {count}: an interval takes at least {100 * FEWEST_BLOCKS:,} images; draw more")
+    a, b = sides = [load_side(text, config, count, runtime) for text in config.compare.runs]
+    data = require_comparable(sides)
+    if config.dataset == "auto" and data.get("name") in ("mnist", "generated"):
+        config = replace(config, dataset=data["name"])
+    config = dataset.resolve(config, runtime)
+    train, test = (dataset.load_shared(config, split, runtime) for split in ("train", "test"))
+    require_known(config, train)
+    if data.get("digest") != dataset.describe(train, "")["digest"]:
+        raise UserError(f"--dataset {config.dataset}: the runs were trained on other images ({data.get('name')}); name "
+                        "the data set that they were trained on")
+    folder = make_folder(Path("results") / configs.run_name(config))
+    for line in differences(a, b):
+        runtime.say(line)
+    clock.lap("load")
+    made: list[Yardstick] = []
+    runtime.only_first(lambda: made.append(Yardstick(train, test, a.orders[0].labels)))
+    clock.lap("look at real images")
+    rows: list[list[Row]] = [[], []]
+    pictures: list[Tensor] = []
+    for side, measured in zip(sides, rows):
+        for number, (trained, order) in enumerate(zip(side.trained, side.orders)):
+            images = to_uint8(draw(trained, order, runtime, progress=True))
+            if number == 0:
+                pictures.append(images)
+            if runtime.first:
+                measured.append(made[0].measure(images, order.labels, neighbours=number == 0))
+    clock.lap("draw and measure")
+    if runtime.first:
+        found = verdicts(rows[0], rows[1], made[0].floor, len(made[0].sets))
+        print(table(a, b, found, made[0], count))
+        print(conclusion(a, b, rows, found))
+        write(folder, sides, rows, found, pictures)
+        print(f"  {folder / 'compare.json'}\n  {folder / 'compare.png'}")
+    runtime.barrier()
+    runtime.say(clock)
+
+
+def load_side(text: str, config: Config, count: int, runtime: Runtime) -> Side:
+    """A side such as `mine`, `mine,mine-s1`, `path/to/last.safetensors` or `pretrained --guidance 1.3`."""
+    names, *flags = shlex.split(text) or [""]
+    own = configs.parse(flags, config)
+    fixed = {field: getattr(config.sample, field) for field in ("num_images", "digits", "write", "checkpoint")}
+    if replace(own, sample=config.sample) != config or replace(own.sample, **fixed) != own.sample:
+        raise UserError(f"--runs '{text}': only how it is drawn can be a side's own (--sampler, --steps, --eta, "
+                        "--variance, --guidance); give other flags for both, outside the quotes")
+    trained, orders = [], []
+    for name in names.split(","):
+        found = load_trained(replace(own, sample=replace(own.sample, checkpoint=checkpoint_of(name, text))), runtime)
+        options = guided(own.sample, found, runtime)
+        spaced_timesteps(found.schedule.timesteps, options.steps)
+        trained.append(found)
+        orders.append(Order(options, config.seed, range(count), found.labels(options.digits, config.seed, count)))
+    return Side(text, trained, orders)
+
+
+def checkpoint_of(name: str, side: str) -> Path:
+    if name == RESERVED:
+        return checkpoint.PRETRAINED
+    own = Path("checkpoints") / name / checkpoint.LAST
+    path = Path(name) if Path(name).suffix in (".safetensors", ".pt") else own
+    if not path.is_file():
+        raise UserError(f"--runs '{side}': there is no {path}; name a run in checkpoints/, a file, or {RESERVED}")
+    return path
+
+
+def require_comparable(sides: list[Side]) -> dict[str, Any]:
+    """What is known of the images that all were trained on; raises UserError where these are not the same."""
+    everything = [(side, trained) for side in sides for trained in side.trained]
+    side, first = everything[0]
+    for other, trained in everything[1:]:
+        for what, key in (("classes", "classes"), ("images", "digest")):
+            if trained.data.get(key) != first.data.get(key):
+                names = f"{first.data.get('name')} and {trained.data.get('name')}"
+                raise UserError(f"--runs: '{side.name}' and '{other.name}' were trained on other {what} ({names}), so "
+                                "nothing they draw compares; name runs of one data set")
+    return first.data
+
+
+def differences(a: Side, b: Side) -> list[str]:
+    """In which settings, code and effort the sides differ, a line each."""
+    one, other = a.trained[0], b.trained[0]
+    settings = configs.differences(one.config, other.config)
+    ours, theirs = (dataclasses.asdict(side.orders[0].options) for side in (a, b))
+    drawing = [f"{name} is {ours[name]}, and {theirs[name]}" for name in ours if ours[name] != theirs[name]]
+    code = [trained.history.get("code", {}) for trained in (one, other)]
+    files = [name for name in {**code[0], **code[1]} if code[0].get(name) != code[1].get(name)]
+    lines = [f"a: {a.name} ({effort(a)})", f"b: {b.name} ({effort(b)})",
+             f"Settings in which they differ, a's and b's: {'; '.join(settings + drawing) or 'none'}."]
+    if files:
+        unknown = "" if all(code) else " (not recorded for one of them)"
+        lines.append(f"Code in which they differ: {', '.join(files)}{unknown}.")
+    for what, values in (("see as many images", images_seen(a, b)), ("train for as long", seconds(a, b))):
+        if abs(values[1] / max(values[0], 1e-9) - 1) > ALIKE and one.digest != other.digest:
+            lines.append(f"note: they did not {what}: b has {values[1] / max(values[0], 1e-9):.2f} times a's.")
+    return lines
+
+
+def images_seen(*sides: Side) -> list[float]:
+    return [sum(t.step * t.config.train.batch_size for t in side.trained) / len(side.trained) for side in sides]
+
+
+def seconds(*sides: Side) -> list[float]:
+    return [sum(t.history.get("seconds", 0.0) for t in side.trained) / len(side.trained) for side in sides]
+
+
+def effort(side: Side) -> str:
+    many = f"{len(side.trained)} trainings of " if len(side.trained) > 1 else ""
+    return f"{many}{images_seen(side)[0]:,.0f} images, {seconds(side)[0] / 60:.1f} minutes"
+
+
+def table(a: Side, b: Side, found: list[Verdict], yardstick: Yardstick, count: int) -> str:
+    """Each measure's values, the difference with its 95% interval, and the verdict."""
+    lines = [[f"N = {count:,}", "a", "b", "b - a", "95% interval", "real", ""]]
+    for verdict in found:
+        m = verdict.measure
+        show = m.form.format
+        ends = [signed(show, end) for end in (verdict.low, verdict.high) if end is not None]
+        real = show(yardstick.floor.values[m.key]) if m.key in yardstick.floor.values else ""
+        name = f"{m.heading} (decides)" if m.key == HEADLINE else m.heading
+        change = signed(show, verdict.b - verdict.a)
+        lines.append([name, show(verdict.a), show(verdict.b), change, " to ".join(ends), real, verdict.word])
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    aligned = [[cell.rjust(w) if 0 < i < 6 else cell.ljust(w) for i, (cell, w) in enumerate(zip(line, widths))]
+               for line in lines]
+    return "\n".join("  ".join(line).rstrip() for line in aligned)
+
+
+def signed(show: Any, value: float) -> str:
+    return ("+" if value >= 0 else "") + show(value)
+
+
+def conclusion(a: Side, b: Side, rows: list[list[Row]], found: list[Verdict]) -> str:
+    """The verdict in words, and what it can't say."""
+    headline = next(verdict for verdict in found if verdict.measure.key == HEADLINE)
+    change = f"{headline.b / headline.a - 1:+.1%}"
+    judged = f"b is {headline.word}" if headline.word in ("better", "worse") else headline.word
+    said = [f"Distance within classes, which decides: {change}; {judged}. The other verdicts are corrected for their "
+            "number (Holm)."]
+    if len(a.trained) == len(b.trained) == 1:
+        if a.trained[0].digest == b.trained[0].digest:
+            said.append("Both sides are the same network, drawn in two ways.")
+        else:
+            said.append("This is about these two networks, not about their recipes: trainings of one recipe that "
+                        f"differ by their seed alone differ by {SPREAD[HEADLINE]:.0%} (standard deviation, after five "
+                        "minutes of one thread). Train three a side to compare recipes.")
+        return "\n".join(said)
+    if min(len(a.trained), len(b.trained)) < FEWEST_RUNS:
+        said.append(f"With fewer than {FEWEST_RUNS} trainings on a side, the spread between them is taken as known, "
+                    f"{SPREAD[HEADLINE]:.0%}: measured once, over 8 trainings of the default for five minutes.")
+    said.append(f"So many trainings show differences of {smallest_shown(rows[0], rows[1]):.0%} or more.")
+    return "\n".join(said)
+
+
+def write(folder: Path, sides: list[Side], rows: list[list[Row]], found: list[Verdict], pictures: list[Tensor]) -> None:
+    """compare.json and compare.png: the same seeds side by side, where they differ most first, and the intervals."""
+    def networks(side: Side, measured: list[Row]) -> list[dict[str, Any]]:
+        return [{**origin(trained, order), "values": row.values, "errors": row.errors}
+                for trained, order, row in zip(side.trained, side.orders, measured)]
+
+    report = {"sides": [{"name": side.name, "networks": networks(side, own)} for side, own in zip(sides, rows)],
+              "verdicts": {v.measure.key: {"a": v.a, "b": v.b, "interval": [v.low, v.high], "p": v.p, "verdict": v.word}
+                           for v in found}}
+    text = json.dumps(report, indent=1)
+    write_atomically(folder / "compare.json", lambda file: file.write(text.encode()))
+    apart = (pictures[0].float() - pictures[1].float()).square().flatten(1).sum(1)
+    first = apart.argsort(descending=True)[:SHOWN]
+    intervals = [(v.measure.heading, v.a, v.b, v.low, v.high, v.word) for v in found]
+    names = sides[0].name, sides[1].name
+    plots.save_comparison(folder / "compare.png", (pictures[0][first], pictures[1][first]), names, intervals,
+                          {"a": names[0], "b": names[1]})

@@ -1,0 +1,359 @@
+"""The yardstick: what drawn images are compared with, every measure with its error, and verdicts on differences.
+
+Distances are to the training images. The floor is real training images with the same labels, against the rest of them:
+no model can be expected to do better. A figure means something only beside its floor and its error.
+"""
+
+import math
+from dataclasses import dataclass, field, fields
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from config import CLASSES, Config, UserError
+from dataset import MNIST_DIGEST, Digits, describe
+from drawing import BLOCK, choose_labels
+from support import metrics
+from support.metrics import Moments
+from support.runtime import generator, to_uint8
+from support.statistics import deviation, holm, jackknife_error, mean, student_limit, student_p
+
+FLOOR_STREAM = 7  # of random numbers; see train.py, drawing.py and likelihood.py for others
+FEWEST = 200  # real images (of a class, too), below which the covariance of 64 features says nothing
+FEWEST_DRAWN = 100  # of a class, likewise
+FEWEST_BLOCKS, MOST_BLOCKS = 20, 100  # below, a jackknife says nothing; above, it takes longer and gains nothing
+SETS = 5  # of real images in the floor, at most
+FEWEST_RUNS = 3  # of a recipe, below which their own spread says nothing
+
+
+class Measure(NamedTuple):
+    """One column of every table."""
+
+    key: str
+    heading: str
+    form: str  # of its numbers
+    good: str  # "low", "floor" (the nearer to the floor's value the better) or "" (neither way)
+
+
+MEASURES = (
+    Measure("within", "in class", "{:.4f}", "low"), Measure("frechet", "Fréchet", "{:.4f}", "low"),
+    Measure("texture", "texture", "{:.4f}", "low"), Measure("ink", "ink", "{:.3f}", "floor"),
+    Measure("precision", "prec.", "{:.3f}", "floor"), Measure("recall", "recall", "{:.3f}", "floor"),
+    Measure("coverage", "cover.", "{:.3f}", "floor"), Measure("sure", "sure", "{:.2%}", "floor"),
+    Measure("asked", "as asked", "{:.2%}", "floor"), Measure("zeros", "zeros", "{:.2%}", "floor"),
+    Measure("nearest_pixels", "nn pixel", "{:.2f}", ""), Measure("nearest_features", "nn feat.", "{:.2f}", ""))
+OVERLAP = ("precision", "recall", "coverage")
+HEADLINE = "within"  # the one measure that decides a comparison
+# Standard deviation of the logarithm between 8 trainings of the default (five minutes of one thread; seeds 0 to 7).
+SPREAD = {"within": 0.1}
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What there is to measure of N images, one by one, on the CPU."""
+
+    labels: Tensor  # int64 [N]
+    features: Tensor  # float32 [N, 64], of the classifier
+    probabilities: Tensor  # float32 [N, 10]
+    texture: Tensor  # float32 [N, 32]
+    zeros: Tensor  # float64 [N]: share of pixels that are exactly 0
+    intensity: Tensor  # float64 [N]: mean grey level
+
+    def __getitem__(self, chosen: Tensor) -> "Seen":
+        return Seen(*(getattr(self, f.name)[chosen] for f in fields(self)))
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+@dataclass(frozen=True)
+class Sums:
+    """All that adds up over images and that the measures follow from, for any leading dimensions, such as blocks."""
+
+    features: Moments  # by class
+    texture: Moments  # by class
+    shares: Tensor  # float64 [..., 6]: images, sure, as asked, zeros, intensity, that of real images with these labels
+
+    def __sub__(self, other: "Sums") -> "Sums":
+        return Sums(self.features - other.features, self.texture - other.texture, self.shares - other.shares)
+
+    def sum(self) -> "Sums":
+        """Over the first dimension."""
+        return Sums(self.features.sum(), self.texture.sum(), self.shares.sum(0))
+
+
+@dataclass
+class Row:
+    """What was measured of one set of images."""
+
+    values: dict[str, float] = field(default_factory=dict)
+    errors: dict[str, float] = field(default_factory=dict)  # standard errors; of the floor: deviations over its sets
+    left_out: dict[str, Tensor] = field(default_factory=dict)  # float64 [B]: the value without each block of labels
+    classes: dict[int, float] = field(default_factory=dict)  # class -> Fréchet distance within it
+    histogram: list[int] = field(default_factory=list)  # images of each class, as the classifier reads them
+    neighbours: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)  # space -> distances [N], indices [N]
+    memorisation: dict[str, dict[str, float]] = field(default_factory=dict)
+
+
+class Yardstick:
+    """Real images to compare N drawn ones with, whose labels [N] are given (10: drawn without one).
+
+    Raises UserError where there are too few real images.
+    """
+
+    def __init__(self, train: Digits, test: Digits, labels: Tensor) -> None:
+        self.train, self.test = train.to("cpu"), test.to("cpu")
+        self.extractor = metrics.load_extractor()
+        per_class = torch.bincount(self.train.labels, minlength=CLASSES)
+        self.labelled = int(labels.max()) < CLASSES
+        self.labels = labels if self.labelled else choose_labels(None, 0, range(len(labels)), per_class.tolist())
+        self.sets = floor_sets(self.train.labels, self.labels)
+        self.seen = self._see(self.train.images, self.train.labels)
+        ink = torch.zeros(CLASSES, dtype=torch.float64).index_add(0, self.train.labels, self.seen.intensity)
+        self.ink = ink / per_class.clamp(min=1)  # mean grey level of each class
+        everything = self._sums(self.seen, 1).sum()
+        self.references = [everything - self._sums(self.seen[chosen], 1).sum() for chosen in self.sets]
+
+    def measure(self, images: Tensor, asked: Tensor, overlap: bool = True, neighbours: bool = True) -> Row:
+        """All measures of uint8 images [N, 1, 28, 28] drawn for these labels [N]; distances: means over the references.
+
+        `overlap` (precision, recall and coverage) and `neighbours` (to the nearest training image) take the most time.
+        """
+        seen = self._see(images, asked if self.labelled else self.labels)
+        row = self._row(seen, self.references)
+        if not self.labelled:
+            for key in ("within", "asked"):
+                for part in (row.values, row.errors, row.left_out):
+                    part.pop(key, None)
+            row.classes = {}
+        if overlap:
+            row.values |= self._overlap(seen.features, metrics.radius(seen.features), 0)
+            row.errors |= {key: self.floor.errors[key] for key in OVERLAP}
+        if neighbours:
+            row.neighbours = self._neighbours(images, seen)
+            for space, (distances, _) in row.neighbours.items():
+                row.values[f"nearest_{space}"] = distances.median().item()
+                row.memorisation[space] = metrics.memorisation(distances, self.test_neighbours[space][0])
+        return row
+
+    @cached_property
+    def floor(self) -> Row:
+        """Real training images: means over sets, each against all outside it, and deviations over the sets."""
+        rows = [self._row(self.seen[chosen], [rest]) for chosen, rest in zip(self.sets, self.references)]
+        for i, row in enumerate(rows):
+            row.values |= self._overlap(self.seen.features[self.sets[i]], self.radius[i], (i + 1) % len(rows))
+        floor = Row(classes={k: mean([row.classes[k] for row in rows]) for k in rows[0].classes})
+        for key in rows[0].values:
+            found = [row.values[key] for row in rows]
+            floor.values[key], floor.errors[key] = mean(found), deviation(found)
+        for space, (distances, _) in self.test_neighbours.items():  # a training image's nearest is itself
+            floor.values[f"nearest_{space}"] = distances.median().item()
+        return floor
+
+    @cached_property
+    def other_writers(self) -> Row:
+        """The test set, which other people wrote: no model that learns the training set can remove this distance."""
+        row = self._row(self.test_seen, self.references)
+        row.values |= {f"nearest_{space}": found[0].median().item() for space, found in self.test_neighbours.items()}
+        return row
+
+    @cached_property
+    def noise(self) -> Row:
+        """Pixels of a standard normal distribution: the far end."""
+        x = torch.randn(len(self.labels), 1, 28, 28, generator=generator("cpu", FLOOR_STREAM))
+        return self.measure(to_uint8(x), self.labels, neighbours=False)
+
+    def over_floor(self, key: str, row: Row) -> tuple[float, float | None]:
+        """A distance as a multiple of the floor, and its standard error, to which the floor's own spread adds."""
+        value, floor = row.values[key], self.floor.values[key]
+        if key not in row.errors:
+            return value / floor, None
+        own, floors = row.errors[key] / value, self.floor.errors[key] / floor / math.sqrt(len(self.sets))
+        return value / floor, value / floor * math.hypot(own, floors)
+
+    def _row(self, seen: Seen, references: list[Sums]) -> Row:
+        counts = torch.bincount(seen.labels, minlength=CLASSES).double()
+        real = torch.stack([reference.features.count for reference in references]).amin(0)
+        classes = ((counts >= FEWEST_DRAWN) & (real >= FEWEST)).nonzero().flatten()
+        blocks = min(MOST_BLOCKS, len(seen) // BLOCK)
+        by_block = self._sums(seen, max(1, blocks))
+        everything = by_block.sum()
+        found = self._values(everything, counts, classes, references)
+        row = Row(classes=dict(zip(classes.tolist(), found.pop("classes").tolist())),
+                  values={key: value.item() for key, value in found.items() if not value.isnan()},
+                  histogram=metrics.class_histogram(seen.probabilities).tolist())
+        if blocks >= FEWEST_BLOCKS:
+            left_out = self._values(everything - by_block, counts, classes, references)
+            row.left_out = {key: left_out[key] for key in row.values}
+            row.errors = {key: jackknife_error(values) for key, values in row.left_out.items()}
+        return row
+
+    def _see(self, images: Tensor, labels: Tensor) -> Seen:
+        found = metrics.extract(self.extractor, images)
+        return Seen(labels, found.features, found.probabilities, metrics.texture_features(images),
+                    (images == 0).double().mean((1, 2, 3)), images.double().mean((1, 2, 3)))
+
+    def _sums(self, seen: Seen, blocks: int) -> Sums:
+        """For each of so many blocks of images, in order: [blocks, ...]."""
+        block = torch.arange(len(seen)) * blocks // len(seen)
+        sure = seen.probabilities.amax(1) > metrics.SURE
+        asked = seen.probabilities.argmax(1) == seen.labels
+        shares = torch.stack([torch.ones(len(seen)), sure, asked, seen.zeros, seen.intensity, self.ink[seen.labels]], 1)
+        return Sums(metrics.class_moments(seen.features, seen.labels, block),
+                    metrics.class_moments(seen.texture, seen.labels, block),
+                    torch.zeros(blocks, 6, dtype=torch.float64).index_add(0, block, shares.double()))
+
+    def _values(self, sums: Sums, counts: Tensor, classes: Tensor, references: list[Sums]) -> dict[str, Tensor]:
+        """What follows from sums [...]: measures [...], and "classes" [..., K], the distances within these classes.
+
+        The references are weighted to have the labels' class shares, so that no distance is due to those.
+        """
+        found: dict[str, Tensor] = {}
+        for key, space in (("frechet", "features"), ("texture", "texture")):
+            ours = getattr(sums, space).together()
+            theirs = [getattr(reference, space).together(counts) for reference in references]
+            found[key] = torch.stack([metrics.frechet_from_moments(*ours, *real) for real in theirs]).mean(0)
+        ours = sums.features.of(classes)
+        found["classes"] = torch.stack([metrics.frechet_from_moments(*ours, *reference.features.of(classes))
+                                        for reference in references]).mean(0)
+        found["within"] = found["classes"].mean(-1)
+        count, sure, asked, zeros, intensity, real_intensity = sums.shares.unbind(-1)
+        return found | {"sure": sure / count, "asked": asked / count, "zeros": zeros / count,
+                        "ink": intensity / real_intensity}
+
+    def _overlap(self, features: Tensor, radius: Tensor, real: int) -> dict[str, float]:
+        """With the floor's set of that number."""
+        theirs = self.seen.features[self.sets[real]]
+        found = metrics.precision_recall_coverage(theirs, features, self.radius[real], radius)
+        return {key: getattr(found, key) for key in OVERLAP}
+
+    @cached_property
+    def radius(self) -> list[Tensor]:
+        return [metrics.radius(self.seen.features[chosen]) for chosen in self.sets]
+
+    @cached_property
+    def test_seen(self) -> Seen:
+        return self._see(self.test.images, self.test.labels)
+
+    @cached_property
+    def test_neighbours(self) -> dict[str, tuple[Tensor, Tensor]]:
+        return self._neighbours(self.test.images, self.test_seen)
+
+    def _neighbours(self, images: Tensor, seen: Seen) -> dict[str, tuple[Tensor, Tensor]]:
+        """Distance to the nearest training image and its index, in intensities from 0 to 1, and in features."""
+        distances, indices = metrics.nearest(images, self.train.images)
+        return {"pixels": (distances / 255, indices), "features": metrics.nearest(seen.features, self.seen.features)}
+
+
+def floor_sets(real: Tensor, labels: Tensor) -> list[Tensor]:
+    """Disjoint sets of real images with the same labels [N], image for image: 2 to 5 index tensors int64 [N].
+
+    They leave at least N of the real images [M] outside each. Raises UserError where there are not even two.
+    """
+    wanted, there = (torch.bincount(x, minlength=CLASSES) for x in (labels, real))
+    asked = wanted > 0
+    count = min(SETS, int((there[asked] // wanted[asked]).min()))
+    if count < 2 or len(real) < 2 * len(labels):
+        share = (there[asked] / wanted[asked]).min().item() * len(labels) / 2  # images of which two sets would do
+        raise UserError(f"--num-images {len(labels)}: too few real images for a floor, two disjoint sets of as many "
+                        f"with the same labels; draw at most {int(min(share, len(real) / 2)) // BLOCK * BLOCK}")
+    sets = [torch.empty_like(labels) for _ in range(count)]
+    for k in asked.nonzero().flatten().tolist():
+        own = (real == k).nonzero().flatten()
+        own = own[torch.randperm(len(own), generator=generator("cpu", FLOOR_STREAM, k))]
+        for chosen, part in zip(sets, own.split(int(wanted[k]))):
+            chosen[labels == k] = part
+    return sets
+
+
+# Did a change help?
+
+
+class Verdict(NamedTuple):
+    """On one measure of two sides; low and high: the 95% interval of b - a, None where there is none."""
+
+    measure: Measure
+    a: float
+    b: float
+    low: float | None
+    high: float | None
+    p: float | None  # that the true values are equally good, corrected for the number of measures but for the headline
+    word: str  # "better", "worse", "no difference shown", or ""
+
+
+def verdicts(a: list[Row], b: list[Row], floor: Row, sets: int) -> list[Verdict]:
+    """Of side b against side a: rows of one network each, or of several that one recipe trained, for the same labels.
+
+    One network a side: the difference's jackknife over blocks, which pairs what has the same seeds. Several: each row's
+    logarithm is one number, with the pooled variance between trainings, or SPREAD where a side has under three.
+    """
+    several = len(a) + len(b) > 2
+    scale, unscale = (math.log, math.exp) if several else (float, float)
+    found: list[tuple[Verdict, float | None]] = []
+    for measure in (m for m in MEASURES if all(m.key in row.values for row in (*a, *b))):
+        points = [[scale(max(row.values[measure.key], 1e-9)) for row in side] for side in (a, b)]
+        mean_a, mean_b = map(mean, points)
+        if several:
+            error, freedom = _between_trainings(points, measure.key)
+        else:
+            error, freedom = _paired_error(a[0], b[0], measure.key, floor, sets)
+        real = scale(floor.values[measure.key]) if measure.key in floor.values else None
+        gain = _gain(measure, mean_a, mean_b, real)
+        low = high = p = None
+        if error is not None:
+            half = student_limit(freedom) * error
+            low, high = mean_b - mean_a - half, mean_b - mean_a + half
+            if several:
+                low, high = (math.exp(mean_a) * math.expm1(change) for change in (low, high))
+            p = None if gain is None else student_p(gain / error if error else 0.0, freedom)
+        found.append((Verdict(measure, unscale(mean_a), unscale(mean_b), low, high, p, ""), gain))
+    others = [i for i, (verdict, _) in enumerate(found) if verdict.measure.key != HEADLINE and verdict.p is not None]
+    corrected = dict(zip(others, holm([found[i][0].p or 0.0 for i in others])))
+    judged = []
+    for i, (verdict, gain) in enumerate(found):
+        p = corrected.get(i, verdict.p)
+        word = ""
+        if p is not None and gain is not None:
+            word = "no difference shown" if p >= 0.05 else "better" if gain > 0 else "worse"
+        judged.append(verdict._replace(p=p, word=word))
+    return judged
+
+
+def _gain(measure: Measure, a: float, b: float, floor: float | None) -> float | None:
+    """By how much b is better than a: lower, or nearer to the floor's value."""
+    if measure.good == "low":
+        return a - b
+    return abs(a - floor) - abs(b - floor) if measure.good == "floor" and floor is not None else None
+
+
+def _paired_error(a: Row, b: Row, key: str, floor: Row, sets: int) -> tuple[float | None, float]:
+    """Standard error of the difference of two networks, and its degrees of freedom."""
+    if key in OVERLAP:
+        return math.sqrt(2) * floor.errors[key], sets - 1
+    if key in a.left_out and key in b.left_out:
+        return jackknife_error(b.left_out[key] - a.left_out[key]), len(a.left_out[key]) - 1
+    return None, 0
+
+
+def _between_trainings(points: list[list[float]], key: str) -> tuple[float | None, float]:
+    """The same for the means of the logarithms of several trainings a side."""
+    pairs = math.sqrt(sum(1 / len(side) for side in points))
+    if min(map(len, points)) < FEWEST_RUNS:
+        return (SPREAD[key] * pairs if key in SPREAD else None), math.inf
+    freedom = sum(len(side) - 1 for side in points)
+    return math.sqrt(sum(deviation(side) ** 2 * (len(side) - 1) for side in points) / freedom) * pairs, freedom
+
+
+def smallest_shown(a: list[Row], b: list[Row]) -> float:
+    """The least relative difference in the headline that so many trainings would call one."""
+    error, freedom = _between_trainings([[math.log(row.values[HEADLINE]) for row in side] for side in (a, b)], HEADLINE)
+    return math.expm1(student_limit(freedom) * (error or math.nan))
+
+
+def require_known(config: Config, train: Digits) -> None:
+    """Raises UserError for images that the classifier behind most measures has never seen the like of."""
+    if config.dataset != "generated" and describe(train, "")["digest"] != MNIST_DIGEST:
+        raise UserError(f"--dataset {config.dataset}: the classifier that judges images knows only digits as MNIST has "
+                        "them, so its figures would mean nothing; evaluate on MNIST or the generated digits")
