@@ -15,24 +15,14 @@ from torch import Tensor
 
 import config as configs
 import dataset
+import yardstick
 from config import RESERVED, Config, UserError
 from drawing import Order, Trained, draw, guided, load_trained, origin
 from samplers import spaced_timesteps
 from support import checkpoint, plots
 from support.files import make_folder, write_atomically
 from support.runtime import Clock, Runtime, to_uint8
-from yardstick import (
-    FEWEST_BLOCKS,
-    FEWEST_RUNS,
-    HEADLINE,
-    SPREAD,
-    Row,
-    Verdict,
-    Yardstick,
-    require_known,
-    smallest_shown,
-    verdicts,
-)
+from yardstick import HEADLINE, Row, Verdict, Yardstick
 
 SHOWN = 12  # pairs of digits in compare.png
 ALIKE = 0.1  # relative difference in images seen, or in time, from which it is called out
@@ -53,15 +43,16 @@ def run(config: Config, runtime: Runtime) -> None:
     if config.compare.runs is None:
         raise UserError("--mode compare: it needs two sides; add --runs A B, such as --runs pretrained mine")
     count = config.sample.num_images or 10_000
-    if count < 100 * FEWEST_BLOCKS:
-        raise UserError(f"--num-images {count}: an interval takes at least {100 * FEWEST_BLOCKS:,} images; draw more")
+    fewest = 100 * yardstick.FEWEST_BLOCKS
+    if count < fewest:
+        raise UserError(f"--num-images {count}: an interval takes at least {fewest:,} images; draw more")
     a, b = sides = [load_side(text, config, count, runtime) for text in config.compare.runs]
     data = require_comparable(sides)
     if config.dataset == "auto" and data.get("name") in ("mnist", "generated"):
         config = replace(config, dataset=data["name"])
     config = dataset.resolve(config, runtime)
     train, test = (dataset.load_shared(config, split, runtime) for split in ("train", "test"))
-    require_known(config, train)
+    yardstick.require_known(config, train)
     if data.get("digest") != dataset.describe(train, "")["digest"]:
         raise UserError(f"--dataset {config.dataset}: the runs were trained on other images ({data.get('name')}); name "
                         "the data set that they were trained on")
@@ -83,8 +74,8 @@ def run(config: Config, runtime: Runtime) -> None:
                 measured.append(made[0].measure(images, order.labels, neighbours=number == 0))
     clock.lap("draw and measure")
     if runtime.first:
-        found = verdicts(rows[0], rows[1], made[0].floor, len(made[0].sets))
-        print(table(a, b, found, made[0], count))
+        found = yardstick.verdicts(rows[0], rows[1], made[0].floor, len(made[0].sets))
+        print(table(found, made[0].floor, count))
         print(conclusion(a, b, rows, found))
         write(folder, sides, rows, found, pictures)
         print(f"  {folder / 'compare.json'}\n  {folder / 'compare.png'}")
@@ -165,21 +156,18 @@ def effort(side: Side) -> str:
     return f"{many}{images_seen(side)[0]:,.0f} images, {seconds(side)[0] / 60:.1f} minutes"
 
 
-def table(a: Side, b: Side, found: list[Verdict], yardstick: Yardstick, count: int) -> str:
+def table(found: list[Verdict], floor: Row, count: int) -> str:
     """Each measure's values, the difference with its 95% interval, and the verdict."""
     lines = [[f"N = {count:,}", "a", "b", "b - a", "95% interval", "real", ""]]
     for verdict in found:
         m = verdict.measure
         show = m.form.format
         ends = [signed(show, end) for end in (verdict.low, verdict.high) if end is not None]
-        real = show(yardstick.floor.values[m.key]) if m.key in yardstick.floor.values else ""
+        real = show(floor.values[m.key]) if m.key in floor.values else ""
         name = f"{m.heading} (decides)" if m.key == HEADLINE else m.heading
         change = signed(show, verdict.b - verdict.a)
         lines.append([name, show(verdict.a), show(verdict.b), change, " to ".join(ends), real, verdict.word])
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    aligned = [[cell.rjust(w) if 0 < i < 6 else cell.ljust(w) for i, (cell, w) in enumerate(zip(line, widths))]
-               for line in lines]
-    return "\n".join("  ".join(line).rstrip() for line in aligned)
+    return yardstick.aligned(lines)
 
 
 def signed(show: Any, value: float) -> str:
@@ -193,18 +181,19 @@ def conclusion(a: Side, b: Side, rows: list[list[Row]], found: list[Verdict]) ->
     judged = f"b is {headline.word}" if headline.word in ("better", "worse") else headline.word
     said = [f"Distance within classes, which decides: {change}; {judged}. The other verdicts are corrected for their "
             "number (Holm)."]
+    spread = f"{yardstick.SPREAD[HEADLINE]:.0%}"
     if len(a.trained) == len(b.trained) == 1:
         if a.trained[0].digest == b.trained[0].digest:
             said.append("Both sides are the same network, drawn in two ways.")
         else:
             said.append("This is about these two networks, not about their recipes: trainings of one recipe that "
-                        f"differ by their seed alone differ by {SPREAD[HEADLINE]:.0%} (standard deviation, after five "
-                        "minutes of one thread). Train three a side to compare recipes.")
+                        f"differ by their seed alone differ by {spread} (standard deviation, after five minutes of "
+                        "one thread). Train three a side to compare recipes.")
         return "\n".join(said)
-    if min(len(a.trained), len(b.trained)) < FEWEST_RUNS:
-        said.append(f"With fewer than {FEWEST_RUNS} trainings on a side, the spread between them is taken as known, "
-                    f"{SPREAD[HEADLINE]:.0%}: measured once, over 8 trainings of the default for five minutes.")
-    said.append(f"So many trainings show differences of {smallest_shown(rows[0], rows[1]):.0%} or more.")
+    if min(len(a.trained), len(b.trained)) < yardstick.FEWEST_RUNS:
+        said.append(f"With fewer than {yardstick.FEWEST_RUNS} trainings on a side, the spread between them is taken as "
+                    f"known, {spread}: measured once, over 8 trainings of the default for five minutes.")
+    said.append(f"So many trainings show differences of {yardstick.smallest_shown(rows[0], rows[1]):.0%} or more.")
     return "\n".join(said)
 
 

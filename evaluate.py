@@ -24,7 +24,7 @@ from support import plots
 from support.files import make_folder, write_atomically
 from support.runtime import Clock, Runtime, to_uint8
 from support.statistics import deviation, mean
-from yardstick import FEWEST, FEWEST_BLOCKS, MEASURES, Row, Yardstick, require_known
+from yardstick import FEWEST, FEWEST_BLOCKS, MEASURES, Row, Yardstick, aligned, require_known
 
 SWEEP_STEPS = (5, 8, 10, 15, 25, 50)
 SWEEP_IMAGES = 2000
@@ -131,9 +131,7 @@ def table(rows: list[Row], yardstick: Yardstick, count: int) -> str:
         lines.append([name, *cells(row.values)])
         if row is yardstick.floor:
             lines.append([f"  spread of {len(yardstick.sets)} sets", *cells(row.errors)])
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    return "\n".join("  ".join(cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(line, widths)))
-                     for line in lines)
+    return aligned(lines)
 
 
 def times(ratio: tuple[float, float | None] | None) -> str:

@@ -45,6 +45,8 @@ MEASURES = (
     Measure("asked", "as asked", "{:.2%}", "floor"), Measure("zeros", "zeros", "{:.2%}", "floor"),
     Measure("nearest_pixels", "nn pixel", "{:.2f}", ""), Measure("nearest_features", "nn feat.", "{:.2f}", ""))
 OVERLAP = ("precision", "recall", "coverage")
+Sums = dict[str, Moments]  # of "features", "texture" and "shares", by class: all that adds up over images
+Gaussian = tuple[Tensor, Tensor]  # mean and covariance
 HEADLINE = "within"  # the one measure that decides a comparison
 # Standard deviation of the logarithm between 8 trainings of the default (five minutes of one thread; seeds 0 to 7).
 SPREAD = {"within": 0.1}
@@ -55,33 +57,13 @@ class Seen:
     """What there is to measure of N images, one by one, on the CPU."""
 
     labels: Tensor  # int64 [N]
+    probabilities: Tensor  # float32 [N, 10], of the classifier
     features: Tensor  # float32 [N, 64], of the classifier
-    probabilities: Tensor  # float32 [N, 10]
     texture: Tensor  # float32 [N, 32]
-    zeros: Tensor  # float64 [N]: share of pixels that are exactly 0
-    intensity: Tensor  # float64 [N]: mean grey level
+    shares: Tensor  # float64 [N, 5]: sure, as asked, share of zeros, grey level, and that of real images of the class
 
     def __getitem__(self, chosen: Tensor) -> "Seen":
         return Seen(*(getattr(self, f.name)[chosen] for f in fields(self)))
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-
-@dataclass(frozen=True)
-class Sums:
-    """All that adds up over images and that the measures follow from, for any leading dimensions, such as blocks."""
-
-    features: Moments  # by class
-    texture: Moments  # by class
-    shares: Tensor  # float64 [..., 6]: images, sure, as asked, zeros, intensity, that of real images with these labels
-
-    def __sub__(self, other: "Sums") -> "Sums":
-        return Sums(self.features - other.features, self.texture - other.texture, self.shares - other.shares)
-
-    def sum(self) -> "Sums":
-        """Over the first dimension."""
-        return Sums(self.features.sum(), self.texture.sum(), self.shares.sum(0))
 
 
 @dataclass
@@ -107,23 +89,26 @@ class Yardstick:
         self.train, self.test = train.to("cpu"), test.to("cpu")
         self.extractor = metrics.load_extractor()
         per_class = torch.bincount(self.train.labels, minlength=CLASSES)
-        self.labelled = int(labels.max()) < CLASSES
-        self.labels = labels if self.labelled else choose_labels(None, 0, range(len(labels)), per_class.tolist())
+        labelled = int(labels.max()) < CLASSES
+        self.labels = labels if labelled else choose_labels(None, 0, range(len(labels)), per_class.tolist())
         self.sets = floor_sets(self.train.labels, self.labels)
-        self.seen = self._see(self.train.images, self.train.labels)
-        ink = torch.zeros(CLASSES, dtype=torch.float64).index_add(0, self.train.labels, self.seen.intensity)
+        grey = self.train.images.double().mean((1, 2, 3))
+        ink = torch.zeros(CLASSES, dtype=torch.float64).index_add(0, self.train.labels, grey)
         self.ink = ink / per_class.clamp(min=1)  # mean grey level of each class
-        everything = self._sums(self.seen, 1).sum()
-        self.references = [everything - self._sums(self.seen[chosen], 1).sum() for chosen in self.sets]
+        self.seen = self._see(self.train.images, self.train.labels)
+        own, everything = [self._sums(self.seen[chosen]) for chosen in self.sets], self._sums(self.seen)
+        # What lies outside each of the floor's sets, by what is measured.
+        self.references = [{key: (everything[key] - part[key]).sum() for key in part} for part in own]
 
     def measure(self, images: Tensor, asked: Tensor, overlap: bool = True, neighbours: bool = True) -> Row:
-        """All measures of uint8 images [N, 1, 28, 28] drawn for these labels [N]; distances: means over the references.
+        """All measures of uint8 images [N, 1, 28, 28] drawn for labels [N] (10: none); distances to all references.
 
         `overlap` (precision, recall and coverage) and `neighbours` (to the nearest training image) take the most time.
         """
-        seen = self._see(images, asked if self.labelled else self.labels)
+        labelled = int(asked.max()) < CLASSES
+        seen = self._see(images, asked if labelled else self.labels)
         row = self._row(seen, self.references)
-        if not self.labelled:
+        if not labelled:
             for key in ("within", "asked"):
                 for part in (row.values, row.errors, row.left_out):
                     part.pop(key, None)
@@ -175,53 +160,51 @@ class Yardstick:
 
     def _row(self, seen: Seen, references: list[Sums]) -> Row:
         counts = torch.bincount(seen.labels, minlength=CLASSES).double()
-        real = torch.stack([reference.features.count for reference in references]).amin(0)
+        real = torch.stack([reference["features"].count for reference in references]).amin(0)
         classes = ((counts >= FEWEST_DRAWN) & (real >= FEWEST)).nonzero().flatten()
-        blocks = min(MOST_BLOCKS, len(seen) // BLOCK)
+        blocks = min(MOST_BLOCKS, len(seen.labels) // BLOCK)
         by_block = self._sums(seen, max(1, blocks))
-        everything = by_block.sum()
+        everything = {key: part.sum() for key, part in by_block.items()}
         found = self._values(everything, counts, classes, references)
         row = Row(classes=dict(zip(classes.tolist(), found.pop("classes").tolist())),
                   values={key: value.item() for key, value in found.items() if not value.isnan()},
                   histogram=metrics.class_histogram(seen.probabilities).tolist())
         if blocks >= FEWEST_BLOCKS:
-            left_out = self._values(everything - by_block, counts, classes, references)
+            rest = {key: everything[key] - part for key, part in by_block.items()}
+            left_out = self._values(rest, counts, classes, references)
             row.left_out = {key: left_out[key] for key in row.values}
             row.errors = {key: jackknife_error(values) for key, values in row.left_out.items()}
         return row
 
     def _see(self, images: Tensor, labels: Tensor) -> Seen:
         found = metrics.extract(self.extractor, images)
-        return Seen(labels, found.features, found.probabilities, metrics.texture_features(images),
-                    (images == 0).double().mean((1, 2, 3)), images.double().mean((1, 2, 3)))
+        likeliest = found.probabilities.max(1)
+        shares = (likeliest.values > metrics.SURE, likeliest.indices == labels, (images == 0).double().mean((1, 2, 3)),
+                  images.double().mean((1, 2, 3)), self.ink[labels])
+        return Seen(labels, found.probabilities, found.features, metrics.texture_features(images),
+                    torch.stack([share.double() for share in shares], 1))
 
-    def _sums(self, seen: Seen, blocks: int) -> Sums:
+    def _sums(self, seen: Seen, blocks: int = 1) -> Sums:
         """For each of so many blocks of images, in order: [blocks, ...]."""
-        block = torch.arange(len(seen)) * blocks // len(seen)
-        sure = seen.probabilities.amax(1) > metrics.SURE
-        asked = seen.probabilities.argmax(1) == seen.labels
-        shares = torch.stack([torch.ones(len(seen)), sure, asked, seen.zeros, seen.intensity, self.ink[seen.labels]], 1)
-        return Sums(metrics.class_moments(seen.features, seen.labels, block),
-                    metrics.class_moments(seen.texture, seen.labels, block),
-                    torch.zeros(blocks, 6, dtype=torch.float64).index_add(0, block, shares.double()))
+        block = torch.arange(len(seen.labels)) * blocks // len(seen.labels)
+        return {key: metrics.class_moments(getattr(seen, key), seen.labels, block)
+                for key in ("features", "texture", "shares")}
 
     def _values(self, sums: Sums, counts: Tensor, classes: Tensor, references: list[Sums]) -> dict[str, Tensor]:
         """What follows from sums [...]: measures [...], and "classes" [..., K], the distances within these classes.
 
         The references are weighted to have the labels' class shares, so that no distance is due to those.
         """
-        found: dict[str, Tensor] = {}
-        for key, space in (("frechet", "features"), ("texture", "texture")):
-            ours = getattr(sums, space).together()
-            theirs = [getattr(reference, space).together(counts) for reference in references]
-            found[key] = torch.stack([metrics.frechet_from_moments(*ours, *real) for real in theirs]).mean(0)
-        ours = sums.features.of(classes)
-        found["classes"] = torch.stack([metrics.frechet_from_moments(*ours, *reference.features.of(classes))
-                                        for reference in references]).mean(0)
+        def distance(ours: Gaussian, theirs: list[Gaussian]) -> Tensor:
+            return torch.stack([metrics.frechet_from_moments(*ours, *real) for real in theirs]).mean(0)
+
+        found = {name: distance(sums[key].together(), [reference[key].together(counts) for reference in references])
+                 for name, key in (("frechet", "features"), ("texture", "texture"))}
+        found["classes"] = distance(sums["features"].of(classes), [real["features"].of(classes) for real in references])
         found["within"] = found["classes"].mean(-1)
-        count, sure, asked, zeros, intensity, real_intensity = sums.shares.unbind(-1)
-        return found | {"sure": sure / count, "asked": asked / count, "zeros": zeros / count,
-                        "ink": intensity / real_intensity}
+        mean_shares, _ = sums["shares"].together()
+        sure, asked, zeros, grey, real_grey = mean_shares.unbind(-1)
+        return found | {"sure": sure, "asked": asked, "zeros": zeros, "ink": grey / real_grey}
 
     def _overlap(self, features: Tensor, radius: Tensor, real: int) -> dict[str, float]:
         """With the floor's set of that number."""
@@ -266,6 +249,13 @@ def floor_sets(real: Tensor, labels: Tensor) -> list[Tensor]:
         for chosen, part in zip(sets, own.split(int(wanted[k]))):
             chosen[labels == k] = part
     return sets
+
+
+def aligned(lines: list[list[str]]) -> str:
+    """A table for the terminal: names to the left, numbers to the right."""
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    return "\n".join("  ".join(cell.rjust(width) if i else cell.ljust(width)
+                               for i, (cell, width) in enumerate(zip(line, widths))).rstrip() for line in lines)
 
 
 # Did a change help?

@@ -1,28 +1,198 @@
-"""What the benchmarks share: the machine in words, fair timing, the quality of drawn images, and Markdown tables.
+"""What the benchmarks share: their options, our network in training, fair timing, judged images, machine and tables.
 
 Importing it puts the project's root on the path, so every script here runs as `python benchmarks/NAME.py`.
 """
 
+import argparse
+import math
 import os
 import platform
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import metrics  # noqa: E402
-from dataset import Digits, load_mnist  # noqa: E402
+import config as configs
+import dataset
+import drawing
+import train
+from config import CLASSES, NO_LABEL, Config, UserError
+from dataset import Digits
+from support.runtime import Runtime, compiled, to_uint8
+from yardstick import Yardstick
 
+HERE = Path(__file__).resolve().parent
 QUALITY_IMAGES = 2000  # drawn images in each Fréchet distance
+OPTIONS: dict[str, dict[str, Any]] = {
+    "--data-dir": {"metavar": "FOLDER", "help": "of the data, as for run.py"},
+    "--device": {"default": "auto", "help": "cuda, mps, cpu or auto"},
+    "--precision": {"default": "auto", "help": "fp32, bf16 or auto"},
+    "--seed": {"type": int, "default": 0, "help": "every random number follows from it"},
+    "--threads": {"type": int, "help": "of the CPU; unset: torch's choice"},
+    "--repeats": {"type": int, "default": 7, "help": "measurements of each, in turn"},
+    "--images": {"type": int, "default": QUALITY_IMAGES, "help": "drawn for each Fréchet distance"},
+}
+
+
+# The command line
+
+
+class Parser(argparse.ArgumentParser):
+    """Options of a script, some of them shared; its docstring is the help, and what is wrong with them a UserError."""
+
+    def __init__(self, doc: str | None, *shared: str) -> None:
+        super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+        for flag in shared:
+            self.add_argument(flag, **OPTIONS[flag])
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see --help")
+
+    def parse(self, argv: list[str]) -> argparse.Namespace:
+        options = self.parse_args(argv)
+        if getattr(options, "threads", None):
+            torch.set_num_threads(options.threads)
+        return options
+
+
+def config_of(options: argparse.Namespace | None, *flags: str) -> Config:
+    """The config of run.py with these flags, and with those of the shared options that run.py has too."""
+    shared = ["--dataset", "mnist"]
+    for flag in ("--data-dir", "--device", "--precision", "--seed"):
+        value = getattr(options, flag[2:].replace("-", "_"), None)
+        shared += [] if value is None else [flag, str(value)]
+    return configs.parse([*shared, *flags])
+
+
+def run_script(main: Callable[[list[str]], int | None]) -> None:
+    """main(arguments), which returns the exit status; a UserError is one line and status 2, as in run.py."""
+    try:
+        status = main(sys.argv[1:])
+    except UserError as error:
+        print(f"{Path(sys.argv[0]).stem}: {error}", file=sys.stderr)
+        status = 2
+    if status:
+        sys.exit(status)
+
+
+# Our network in training
+
+
+def load_digits(config: Config, device: torch.device) -> tuple[Digits, Digits]:
+    """Training and test images, on the device."""
+    return dataset.load(config, "train").to(device), dataset.load(config, "test").to(device)
+
+
+class Trainee:
+    """A new run of ours, trained a step at a time and drawn from as the modes do it, but without their saves."""
+
+    def __init__(self, config: Config, runtime: Runtime, digits: Digits, test: Digits) -> None:
+        self.run = train.new_run(config, runtime, digits, test)
+        self.run.network.train()
+        self.forward = compiled(self.run.network, runtime)
+
+    def step(self, progress: float) -> float | None:
+        """train.training_step, `progress` (0 to 1) into the run; at 1 the rate is zero, and the weights stay."""
+        self.run.optimizer.set_rate(train.learning_rate(self.run.config.train, self.run.step, progress))
+        loss = train.training_step(self.forward, self.run)
+        self.run.step += 1
+        return loss
+
+    def draw(self, count: int, **changes: Any) -> tuple[Tensor, Tensor]:
+        """uint8 images [count, 1, 28, 28] by the averaged weights, and the labels that were asked for."""
+        run = self.run
+        trained = drawing.Trained(run.average.module.eval(), run.schedule, run.config, run.history)
+        labels = trained.labels(None, run.config.seed, count)
+        order = drawing.Order(replace(run.config.sample, **changes), run.config.seed, range(count), labels)
+        return to_uint8(drawing.draw(trained, order, run.runtime)), labels
+
+
+def count(network: nn.Module, labelled: bool = True) -> tuple[int, float]:
+    """Parameters, and 10^9 operations of one forward of one image, a multiply-add counted as two."""
+    home = next(network.parameters()).device
+    one = torch.ones(1, dtype=torch.long, device=home)
+    # Attention as plain matrix products, since not every fused kernel is counted.
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        network.eval()(torch.zeros(1, 1, 28, 28, device=home), one, *[one] * labelled)
+    return sum(p.numel() for p in network.train().parameters()), counter.get_total_flops() / 1e9
+
+
+# Measuring
+
+
+def interleaved(work: Mapping[Any, Callable[[], Any]], repeats: int, runtime: Runtime,
+                calls: int = 1) -> dict[Any, float]:
+    """Median seconds a call of each, measured in turn (A B C A B C ...), so that a busy machine is unfair to none.
+
+    Each is warmed up once; `calls` of them make one measurement.
+    """
+    for function in work.values():
+        function()
+    seconds: dict[Any, list[float]] = {name: [] for name in work}
+    for _ in range(repeats):
+        for name, function in work.items():
+            runtime.synchronize()
+            began = time.perf_counter()
+            for _ in range(calls):
+                function()
+            runtime.synchronize()
+            seconds[name].append((time.perf_counter() - began) / calls)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def peak_memory(device: torch.device) -> float:
+    """The most bytes that this process has held so far, on a GPU of the GPU's; nan where the system doesn't say."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if sys.platform == "win32":
+        return math.nan
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+class Judge:
+    """The project's yardstick, for so many images with the labels that every contender is given."""
+
+    def __init__(self, digits: Digits, test: Digits, images: int) -> None:
+        classes = torch.bincount(digits.labels, minlength=CLASSES).tolist()
+        self.yardstick = Yardstick(digits, test, drawing.choose_labels(None, 0, range(images), classes))
+        self.extractor = self.yardstick.extractor.digest
+
+    def __call__(self, images: Tensor, labels: Tensor | None) -> dict[str, float]:
+        """Distances over their floors, with errors, and shares, of uint8 images [N, 1, 28, 28]; labels [N], if any."""
+        labels = torch.full((len(images),), NO_LABEL) if labels is None else labels
+        row = self.yardstick.measure(images, labels, overlap=False, neighbours=False)
+        found: dict[str, float] = {}
+        for key in ("ink", "sure", "asked"):
+            found |= {key: round(row.values[key], 4)} if key in row.values else {}
+        for key in ("within", "frechet", "texture"):
+            if key in row.values:
+                ratio, error = self.yardstick.over_floor(key, row)
+                found |= {key: round(ratio, 3), f"{key}_error": round(error or math.nan, 3)}
+        return found
+
+
+def quality(row: Mapping[str, Any]) -> tuple[str, ...]:
+    """Cells for QUALITY of what a judge found."""
+    distances = (f"{row[key]:.2f} ± {row[f'{key}_error']:.2f}" if key in row else "-" for key in ("within", "frechet"))
+    return *distances, f"{row['ink']:.3f}", f"{row['sure']:.1%}", f"{row['asked']:.1%}" if "asked" in row else "-"
+
+
+# Telling
+
+
+QUALITY = ("in class / floor", "Fréchet / floor", "ink", "sure", "as asked")
 
 
 def machine(device: torch.device) -> str:
@@ -31,8 +201,6 @@ def machine(device: torch.device) -> str:
     if Path("/proc/cpuinfo").exists():
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         processor = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), processor)
-    elif sys.platform == "darwin":
-        processor = subprocess.run(["sysctl", "-n", "machdep.cpu.brand_string"], capture_output=True, text=True).stdout.strip()
     threads = torch.get_num_threads()
     text = f"{processor}, {threads} thread{'s' * (threads != 1)} on {os.cpu_count()} cores"
     if device.type == "cuda":
@@ -40,73 +208,15 @@ def machine(device: torch.device) -> str:
     return f"{text}, torch {torch.__version__}, Python {platform.python_version()}"
 
 
-def synchronize(device: torch.device) -> None:
-    """Waits until the device is done with what it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()
-
-
-def interleaved(work: Mapping[str, Callable[[], Any]], repeats: int, device: torch.device,
-                calls: int = 1) -> dict[str, float]:
-    """Median seconds a call of each, measured in turn (A B C A B C ...), so that a busy machine is unfair to none.
-
-    Each is warmed up once; `calls` of them make one measurement.
-    """
-    for function in work.values():
-        function()
-    seconds: dict[str, list[float]] = {name: [] for name in work}
-    for _ in range(repeats):
-        for name, function in work.items():
-            synchronize(device)
-            began = time.perf_counter()
-            for _ in range(calls):
-                function()
-            synchronize(device)
-            seconds[name].append((time.perf_counter() - began) / calls)
-    return {name: statistics.median(values) for name, values in seconds.items()}
-
-
-@dataclass(frozen=True)
-class Judge:
-    """Measures drawn images against the test images, as mode evaluate does; `floor` is the distance of real images."""
-
-    extractor: metrics.Extractor
-    test_features: Tensor
-    floor: float
-    device: torch.device
-
-    def __call__(self, images: Tensor, asked: Tensor | None = None) -> dict[str, float]:
-        """Fréchet distance over the floor and the share that the classifier is sure of, for uint8 images [N, 1, 28, 28]."""
-        found = metrics.extract(self.extractor, images, device=self.device)
-        distance = metrics.frechet_distance(found.features, self.test_features)
-        row = {"frechet": distance, "over_floor": distance / self.floor, "sure": metrics.sure_share(found.probabilities)}
-        if asked is not None:
-            row["asked"] = metrics.drawn_as_asked(found.probabilities, asked)
-        return {name: round(value, 4) for name, value in row.items()}
-
-
-def make_judge(train: Digits, test: Digits, count: int = QUALITY_IMAGES, device: torch.device | str = "cpu") -> Judge:
-    """A judge whose floor is the mean distance of five random sets of `count` real training images."""
-    extractor = metrics.load_extractor()
-    test_features = metrics.extract(extractor, test.images, device=device).features
-    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))
-    sets = [metrics.extract(extractor, train.images[chosen], device=device).features for chosen in order.split(count)[:5]]
-    floor = statistics.mean(metrics.frechet_distance(features, test_features) for features in sets)
-    return Judge(extractor, test_features, floor, torch.device(device))
-
-
-def load_digits(root: Path) -> tuple[Digits, Digits]:
-    """MNIST's training and test images."""
-    return load_mnist(root, "train"), load_mnist(root, "test")
-
-
 def table(headings: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     """A Markdown table whose columns are aligned, so that a terminal shows it as well; numbers to the right."""
     cells = [list(headings)] + [[str(cell) for cell in row] for row in rows]
-    widths = [max(3, *(len(row[i]) for row in cells)) for i in range(len(headings))]
-    right = [bool(rows) and all(row[i][:1].isdigit() or row[i] in ("", "-") for row in cells[1:]) for i in range(len(headings))]
-    lines = ["| " + " | ".join(c.rjust(w) if r else c.ljust(w) for c, w, r in zip(row, widths, right)) + " |" for row in cells]
-    rule = "| " + " | ".join("-" * (w - 1) + (":" if r else "-") for w, r in zip(widths, right)) + " |"
-    return "\n".join([lines[0], rule, *lines[1:]])
+    lines: list[list[str]] = [[] for _ in cells]
+    rule = []
+    for heading, *column in zip(*cells):
+        width = max(3, *map(len, (heading, *column)))
+        right = bool(column) and all(cell[:1].isdigit() or cell in ("", "-") for cell in column)
+        for line, cell in zip(lines, (heading, *column)):
+            line.append(cell.rjust(width) if right else cell.ljust(width))
+        rule.append("-" * (width - 1) + (":" if right else "-"))
+    return "\n".join("| " + " | ".join(line) + " |" for line in (lines[0], rule, *lines[1:]))

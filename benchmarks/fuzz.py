@@ -7,518 +7,293 @@ that are well-formed). Another exception, more than 5 s, a gigabyte of memory or
 exit status is then 1.
 """
 
-import argparse
 import contextlib
 import faulthandler
 import gzip
 import hashlib
-import io
+import json
 import os
-import pickle
 import random
-import resource
 import signal
 import struct
-import subprocess
-import sys
 import tempfile
 import time
 import traceback
-import zipfile
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
-from torch import Tensor, nn
+from common import Parser, Trainee, config_of, peak_memory, run_script
+from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-import checkpoint  # noqa: E402
-import dataset  # noqa: E402
-from config import UserError  # noqa: E402
-from dataset import Digits  # noqa: E402
+import dataset
+import train
+from config import UserError
+from dataset import Digits
+from drawing import load_trained
+from support import checkpoint
+from support.runtime import Runtime
+from tests.conftest import TINY, write_set
 
 HANG_SECONDS = 5
 MEMORY_LIMIT = 1 << 30  # bytes beyond what was needed at the start
-State = dict[str, Any]
-Failures = list[str]
+CPU = Runtime(torch.device("cpu"), bf16=False, compile=False)
 
 
 class Hang(BaseException):
     """Not an Exception, so that no broad handler of the code under test swallows it."""
 
 
-# Damage to bytes, of any kind of file
+def damage(data: bytes) -> bytes:
+    """Some bytes flipped, set, cut off, left out, put in, added at an end, or copied over others."""
+    at, other, length = random.randrange(len(data)), random.randrange(len(data)), random.choice((1, 1, 2, 4, 64, 300))
+    value = random.choice((b"\0", b"\xff", b"\xff\xff\xff\xff", b"\0\0\0\x80", random.randbytes(length)))
+    more = random.choice((random.randbytes(length), data))
+    return random.choice((
+        data[:at] + bytes([data[at] ^ 1 << random.randrange(8)]) + data[at + 1:],
+        data[:at] + value + data[at + len(value):],
+        data[:at],
+        data[:at] + data[at + length:],
+        data[:at] + random.randbytes(length) + data[at:],
+        random.choice((data + more, more + data)),
+        data[:at] + data[other:other + length] + data[at + length:]))
 
 
-def flip_bits(rng: random.Random, data: bytes) -> bytes:
-    changed = bytearray(data)
-    for _ in range(rng.choice((1, 1, 1, 2, 8))):
-        changed[rng.randrange(len(changed))] ^= 1 << rng.randrange(8)
-    return bytes(changed)
+# Checkpoints
+
+ODD: list[Any] = [None, True, 0, 1, -1, 2**63, 10**30, 1.5, float("nan"), float("inf"), "", "7", "a\nb\x1b[31m", "F16",
+                  [], {}, {"": 1}, {"a\nb": {}}, {"$tensor": 3}, {"$tensor": ""}, {"$tuple": 5}, {"$numbered": {"": 1}}]
 
 
-def set_bytes(rng: random.Random, data: bytes) -> bytes:
-    at = rng.randrange(len(data))
-    value = rng.choice((b"\0", b"\xff", b"\xff\xff\xff\xff", b"\0\0\0\x80", rng.randbytes(4)))
-    return data[:at] + value + data[at + len(value):]
+def forge_header(data: bytes) -> bytes:
+    """The header, which tells types, shapes and places of the tensors, is not right, or not as long as it says."""
+    header, body = split(data)
+    size = random.choice((0, 1, len(header) - 1, len(header) + 1, len(data), 10**8, 2**31, 2**63, 2**64 - 1))
+    return random.choice((struct.pack("<Q", size) + data[8:], joined(damaged_text(header.decode()), body),
+                          joined(json.dumps(changed(json.loads(header))), body)))
 
 
-def truncate(rng: random.Random, data: bytes) -> bytes:
-    return data[:rng.randrange(len(data))]
-
-
-def delete(rng: random.Random, data: bytes) -> bytes:
-    at = rng.randrange(len(data))
-    return data[:at] + data[at + rng.choice((1, 1, 2, 4, 64)):]
-
-
-def insert(rng: random.Random, data: bytes) -> bytes:
-    at = rng.randrange(len(data) + 1)
-    return data[:at] + rng.randbytes(rng.choice((1, 1, 2, 4, 64))) + data[at:]
-
-
-def extend(rng: random.Random, data: bytes) -> bytes:
-    more = rng.choice((rng.randbytes(rng.randrange(1, 100)), data))
-    return rng.choice((data + more, more + data))
-
-
-def splice(rng: random.Random, data: bytes) -> bytes:
-    start, target, length = rng.randrange(len(data)), rng.randrange(len(data)), rng.randrange(1, 300)
-    piece = data[start:start + length]
-    return data[:target] + piece + data[target + len(piece):]
-
-
-DAMAGES = (flip_bits, set_bytes, truncate, delete, insert, extend, splice)
-
-
-# Forged checkpoints
-
-
-class Network(nn.Module):
-    """Small, with a weight of each kind that checkpoints hold."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(2, 3, 3).to(memory_format=torch.channels_last)
-        self.linear = nn.Linear(3, 2)
-        self.register_buffer("scale", torch.tensor(2.0))
-        self.register_buffer("count", torch.arange(3))
-
-
-def sample_states() -> list[State]:
-    torch.manual_seed(0)
-    network = Network()
-    optimizer = torch.optim.AdamW(network.parameters())
-    for parameter in network.parameters():
-        parameter.grad = torch.randn_like(parameter)
-    optimizer.step()
-    weights = network.state_dict()
-    full = {"config": {"seed": 3, "model": {"channels": [2, 3], "name": None}, "lr": 1e-3, "deep": {"on": True}},
-            "model": weights, "ema": weights, "optimizer": {"adamw": optimizer.state_dict()}, "step": 7,
-            "history": {"loss": [0.5, float("nan"), -0.0], "rows": [(1, "é"), (2, "")], "seen": torch.arange(4)}}
-    half = {name: value.half() if value.is_floating_point() else value for name, value in weights.items()}
-    return [full, {**full, "model": None, "optimizer": None, "ema": half, "history": {}}]
-
-
-def written(state: State) -> bytes:
-    with tempfile.TemporaryDirectory() as folder:
-        checkpoint.save(Path(folder) / "a.pt", state)
-        return (Path(folder) / "a.pt").read_bytes()
-
-
-def torch_saved(state: Any, protocol: int = 2) -> bytes:
-    file = io.BytesIO()
-    torch.save(state, file, pickle_protocol=protocol)
-    return file.getvalue()
-
-
-def records_of(data: bytes) -> dict[str, bytes]:
-    with zipfile.ZipFile(io.BytesIO(data)) as archive:
-        return {entry.filename: archive.read(entry) for entry in archive.infolist()}
-
-
-def zipped(records: dict[str, bytes], compression: int = zipfile.ZIP_STORED) -> bytes:
-    file = io.BytesIO()
-    with zipfile.ZipFile(file, "w", compression) as archive:
-        for name, content in records.items():
-            archive.writestr(name, content)
-    return file.getvalue()
-
-
-def forge_records(rng: random.Random, data: bytes) -> bytes:
-    """Changes one record of the archive, whose own checksums are then right."""
-    records = records_of(data)
-    pickled = next(name for name in records if name.endswith("data.pkl"))
-    name = rng.choice([pickled] * 3 + [name for name in records if records[name]])
-    kind = rng.randrange(10)
-    if kind < 6:
-        records[name] = rng.choice(DAMAGES)(rng, records[name])
-    elif kind == 6:
-        del records[name]
-    elif kind == 7:
-        other = rng.choice(list(records))
-        records[name], records[other] = records[other], records[name]
-    elif kind == 8:
-        records = {rng.choice((key.replace("archive", ""), key.replace("archive/", "../../"), key)): value
-                   for key, value in records.items()}
+def forge_content(data: bytes) -> bytes:
+    """Tensors have other values, or all else is not as it was; half of the files have the digest of what they hold."""
+    text, body = split(data)
+    header = json.loads(text)
+    metadata = header["__metadata__"]
+    kind, at = random.choice(("tensors", "text", "config", "any")), random.randrange(len(body) - 64)
+    if kind == "tensors":
+        body = body[:at] + random.choice((b"\xff" * 64, body[:64], body[at + 1:at + 65])) + body[at + 64:]  # \xff: NaN
+    elif kind == "text":
+        metadata["content"] = damaged_text(metadata["content"])
     else:
-        records[name.replace("data.pkl", "byteorder")] = rng.choice((b"big", b"little", b"\xff", b""))
-    return zipped(records)
+        content = json.loads(metadata["content"])
+        new = content | {"config": changed(content["config"])} if kind == "config" else changed(content)
+        metadata["content"] = json.dumps(new)
+    if random.random() < 0.5:
+        with contextlib.suppress(Exception):  # then it has none, and can't be read
+            tensors = safetensors.torch.load(joined(json.dumps(header), body))
+            metadata["digest"] = checkpoint._digest(json.loads(metadata["content"]), tensors)
+    return joined(json.dumps(header), body)
 
 
-def compress(rng: random.Random, data: bytes) -> bytes:
-    """A zip bomb, or the same content merely compressed."""
-    records = records_of(data)
-    if rng.random() < 0.7:
-        records[rng.choice(list(records))] = bytes(rng.choice((10**4, 10**4, 10**6)))
-    return zipped(records, rng.choice((zipfile.ZIP_DEFLATED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2)))
-
-
-def overlap(rng: random.Random, data: bytes) -> bytes:
-    """An archive whose directory lists one record many times, or claims another size or place for it."""
-    end = data.rindex(b"PK\5\6")
-    count, size, start = struct.unpack("<HII", data[end + 10:end + 20])
-    directory = data[start:start + size]
-    times = rng.choice((1, 2, 100))
-    forged = bytearray(directory * times)
-    at = rng.choice([i for i in range(len(forged)) if forged[i:i + 4] == b"PK\1\2"])
-    field = rng.choice((20, 24, 42))  # compressed size, size, offset
-    value = rng.choice((0, 1, 10**6, 2**31, 2**32 - 1, rng.randrange(len(data))))
-    forged[at + field:at + field + 4] = struct.pack("<I", value)
-    tail = struct.pack("<4sHHHHIIH", b"PK\5\6", 0, 0, count * times, count * times, len(forged), start, 0)
-    return data[:start] + bytes(forged) + tail
-
-
-class Calls:
-    """Pickles as the call of a function."""
-
-    def __init__(self, function: Any, *arguments: Any) -> None:
-        self.call = function, arguments
-
-    def __reduce__(self) -> Any:
-        return self.call
-
-
-def hostile_values(marker: Path) -> list[Any]:
-    """What a checkpoint never holds: calls, containers that unfold without end, and odd tensors and values."""
-    code = f"open({str(marker)!r}, 'w')"
-    storage = torch.zeros(4)
-    loop: list[Any] = []
-    loop.append(loop)
-    laugh: Any = [0]
-    for _ in range(40):
-        laugh = [laugh, laugh]
-    deep: Any = None
-    for _ in range(400):
-        deep = [deep]
-    return [
-        Calls(os.system, f"touch {marker}"), Calls(eval, code), Calls(exec, code), Calls(open, str(marker), "w"),
-        Calls(os.mkdir, str(marker)), Calls(subprocess.Popen, ["touch", str(marker)]), Calls(getattr, os, "system"),
-        Calls(torch.save, 1, str(marker)), Calls(pickle.loads, b"N."), Calls(bytearray, 10**11),
-        Calls(torch.empty, 10**6), Calls(torch.FloatStorage, 10**6), Calls(torch._utils._rebuild_tensor_v2, 1, 2, 3),
-        Calls(OrderedDict, [("a", 1)]), Network(), Path("x"), loop, laugh, deep,
-        {1, 2}, b"bytes", bytearray(3), 1j, 10**400, "\udc80", {(1, 2): 3}, {1.5: 2}, Counter("aab"),
-        torch.float32, torch.Size([1]), torch.device("cpu"), nn.Parameter(storage), storage.expand(10**6, 4),
-        storage[1:2], storage.to_sparse(), torch.zeros(2, dtype=torch.complex64), torch.zeros(3, requires_grad=True),
-        torch.empty(10**9, device="meta"), [storage] * 10**4]
-
-
-RAW_PICKLES = (
-    b"cos\nsystem\n(S'touch {}'\ntR.", b"(S'touch {}'\nios\nsystem\n.",
-    b"\x80\x04\x8c\x02os\x8c\x06system\x93\x8c\x09touch {}\x85R.",
-    b"\x80\x02}r\xff\xff\xff\x7f.", b"\x80\x02K\x01.", b"\x80\x02]q\0h\0a.", b".",  # first: a memo of 2^31 places
-    b"\x80\x04\x8e\xff\xff\xff\xff\xff\0\0\0.", b"\x80\x02ctorch\nFloatStorage\n.",
-    b"\x80\x02(X\x07\0\0\0storagectorch\nFloatStorage\nX\x01\0\0\x000X\x03\0\0\0cpuJ\xff\xff\xff\x7ftQ.")
-
-
-def forge_pickle(rng: random.Random, data: bytes, marker: Path) -> tuple[bytes, State | None]:
-    """A hostile pickle: by itself, in place of a checkpoint's, or as one value of an otherwise right state."""
-    if rng.random() < 0.3:
-        raw = rng.choice(RAW_PICKLES).replace(b"{}", str(marker).encode())
-        if rng.random() < 0.3:
-            return raw, None
-        records = {name: raw if name.endswith("data.pkl") else old for name, old in records_of(data).items()}
-        return zipped(records), None
-    value, protocol = rng.choice(hostile_values(marker)), rng.choice((2, 2, 3, 4, 5))
-    state = plain_load(data)
-    key = rng.choice(checkpoint.KEYS[:-1])
-    if isinstance(state[key], dict) and state[key] and rng.random() < 0.7:
-        state[key][rng.choice(list(state[key]))] = value
+def changed(node: Any) -> Any:
+    """The JSON value with one place in it, at any depth, replaced, left out, or copied to another."""
+    if not isinstance(node, (dict, list)) or not node or random.random() < 0.02:
+        return random.choice((*ODD, [node], {"a": node}))
+    copy: Any = node.copy()
+    places: list[Any] = list(node) if isinstance(node, dict) else list(range(len(node)))
+    here, other, kind = random.choice(places), random.choice(places), random.random()
+    if kind < 0.7:
+        copy[here] = changed(node[here])
+    elif kind < 0.8:
+        del copy[here]
+    elif kind < 0.9 or isinstance(node, list):
+        copy[here] = node[other]
     else:
-        state[key] = value
-    if isinstance(value, (Tensor, str, int, bytes, set)) and rng.random() < 0.5:
-        with contextlib.suppress(Exception):  # some have none
-            state["digest"] = checkpoint.digest(state)
-    allowed = state if isinstance(value, (str, int)) else None  # odd, but no harm in it
-    try:
-        if rng.random() < 0.1:
-            return pickle.dumps(value, protocol), None
-        return torch_saved(rng.choice((state, state, value, [state])), protocol), allowed
-    except Exception:  # some of them pickle in some protocols only
-        return b"", None
+        copy[random.choice(("more", "a\nb", f"module.{here}", f"_orig_mod.{here}", "$tensor"))] = node[here]
+    return copy
 
 
-def plain_load(data: bytes) -> State:
-    return torch.load(io.BytesIO(data), weights_only=True)
+def damaged_text(text: str) -> str:
+    """Damaged, or nested so deeply that a reader may run out of stack, or with a number too long to be one."""
+    depth = random.choice((100, 900, 2000, 10**5))
+    deep = "[" * depth + "]" * depth
+    return random.choice((damage(text.encode()).decode(errors="replace"), deep, text + "1" * 5000,
+                          text.replace("{", '{"deep": ' + deep + ", ", 1)))
 
 
-def forge_state(rng: random.Random, data: bytes) -> tuple[bytes, State | None]:
-    """A state of another making, half of them with the right digest, and what may come of it besides a UserError."""
-    state = plain_load(data)
-    original = {**state}
-    ema: dict[str, Any] = dict(state["ema"])
-    name = rng.choice(list(ema))
-    tensor, good = ema[name], False
-    kind = rng.randrange(16)
-    if kind == 0:
-        ema[name] = rng.choice((tensor[None], tensor.flatten()[:-1], torch.zeros(5), tensor.new_zeros(0)))
-    elif kind == 1:
-        ema[name] = tensor.long() if tensor.is_floating_point() else tensor.float()
-    elif kind == 2:
-        ema[name] = torch.full_like(tensor.float(), rng.choice((float("nan"), float("inf"), -float("inf"))))
-    elif kind == 3:
-        del ema[name]
-    elif kind == 4:
-        ema["more\n\x1b[31m"] = torch.zeros(1)
-    elif kind == 5:
-        prefix = rng.choice(("_orig_mod.", "module.", "module._orig_mod.", "_orig_mod.module.", "module.module."))
-        ema, good = {prefix + key: value for key, value in ema.items()}, True
-        if state["model"] is not None:
-            state["model"] = {prefix + key: value for key, value in state["model"].items()}
-    elif kind == 6:
-        ema["module." + name] = tensor
-    elif kind == 7:
-        del state[rng.choice(checkpoint.KEYS[:-1])]
-    elif kind == 8:
-        state[rng.choice(("more", "a\nb", 5, ""))] = 1
-    elif kind == 9:
-        state["version"] = rng.choice((2, 10**30, 0, -1, 1.0, True, "1", None))
-    elif kind == 10:
-        state["step"] = rng.choice((-1, 1.5, None, "7", True, [7]))
-    elif kind == 11:
-        key = rng.choice(("config", "history", "model", "ema", "optimizer"))
-        state[key] = rng.choice(([], 3, "x", {3: 4}, {"a": 1}, tensor))
-    elif kind == 12:
-        ema[name] = tensor.double() if tensor.is_floating_point() else tensor.int()
-    elif kind == 13:
-        state["config"] = {**state["config"], "seed": 4}
-    elif kind == 14:
-        bits = tensor.clone().contiguous().flatten().view(torch.uint8)
-        bits[rng.randrange(len(bits))] ^= 1
-        ema[name] = bits.view(tensor.dtype).view(tensor.shape)
-    else:
-        state["digest"] = rng.choice(("", "0" * 64, None, 5))
-    if state.get("ema") is original["ema"] and "ema" in state:
-        state["ema"] = ema
-    allowed = original if good else None
-    if rng.random() < 0.5 and kind not in (9, 15):
-        try:
-            state["digest"] = checkpoint.digest(state)
-        except Exception:  # it has no digest then
-            return torch_saved(state), None
-        allowed = original if good else state if kind in (11, 12, 13, 14) else None
-    return torch_saved(state), allowed
+def split(data: bytes) -> tuple[bytes, bytes]:
+    """The header of a safetensors file, JSON, and the bytes of its tensors."""
+    end = 8 + struct.unpack("<Q", data[:8])[0]
+    return data[8:end], data[end:]
+
+
+def joined(header: str, body: bytes) -> bytes:
+    return struct.pack("<Q", len(header.encode())) + header.encode() + body
+
+
+def holds(data: bytes, state: Any) -> bool:
+    """Whether the file holds this state, bit for bit: by its digest, and by other means than those under test."""
+    tensors, metadata = safetensors.torch.load(data), json.loads(split(data)[0])["__metadata__"]
+
+    def value(node: dict[str, Any]) -> Any:
+        if "$tensor" in node:
+            return tensors[node["$tensor"]]
+        if "$tuple" in node:
+            return tuple(node["$tuple"])
+        return {int(key): item for key, item in node["$numbered"].items()} if "$numbered" in node else node
+
+    expected = json.loads(metadata["content"], object_hook=value) | {"digest": metadata["digest"]}
+    return same(state, expected) and state["digest"] == checkpoint._digest(json.loads(metadata["content"]), tensors)
+
+
+def same(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        bits = [x.contiguous().flatten().view(torch.uint8) for x in (a, b)]
+        return a.dtype == b.dtype and a.shape == b.shape and bits[0].equal(bits[1])
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return type(a) is type(b) and len(a) == len(b) and all(map(same, a, b))
+    return repr(a) == repr(b)
+
+
+def written() -> list[bytes]:
+    """A run's checkpoint, and one that holds averaged weights alone, in half precision."""
+    digits = Digits(torch.randint(256, (50, 1, 28, 28), dtype=torch.uint8), torch.arange(50) % 10)
+    trainee = Trainee(config_of(None, *TINY, "--batch-size", "8"), CPU, digits, digits)
+    trainee.step(0.5)
+    path = trainee.run.path
+    path.parent.mkdir(parents=True)
+    train.save(trainee.run)
+    full, state = path.read_bytes(), checkpoint.load(path)
+    ema = {name: value.half() for name, value in state["ema"].items()}
+    checkpoint.save(path, {**state, "ema": ema, "model": None, "optimizer": None})
+    return [full, path.read_bytes()]
+
+
+def fuzz_checkpoints(folder: Path, seconds: float) -> None:
+    os.chdir(folder)
+    files, path = written(), folder / checkpoint.LAST
+    config = config_of(None, "--checkpoint", str(path))
+
+    def read() -> dict[str, Any]:
+        with contextlib.redirect_stdout(None):  # notes on what older files lack
+            load_trained(config, CPU)
+        return checkpoint.load(path)
+
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        forge = random.choice((damage, forge_header, forge_content, forge_content))
+        data = forge(random.choice(files))
+        path.write_bytes(data)
+        judge(f"checkpoint, {forge.__name__}", path, read, partial(holds, data))
+
+
+# IDX files
+
+
+def forge_numbers(data: bytes) -> bytes:
+    """One of those in the header."""
+    at = 4 * random.randrange(4 if data[3] == 3 else 2)
+    value = random.choice((0, 1, 11, 27, 28, 29, 784, 0x801, 0x803, 10**6, 2**31, 2**32 - 1, random.randrange(20)))
+    return data[:at] + struct.pack(">I", value) + data[at + 4:]
+
+
+def well_formed(digits: Digits) -> bool:
+    images, labels = digits.images, digits.labels
+    right = (images.dtype, labels.dtype) == (torch.uint8, torch.int64) and images.shape == (len(labels), 1, 28, 28)
+    return right and len(labels) > 0 and 0 <= int(labels.min()) and int(labels.max()) < 10
+
+
+def fuzz_idx(folder: Path, seconds: float) -> None:
+    """Both readers; load_mnist is told the MD5s of a tiny set, so that it never downloads."""
+    place = write_set(folder / "mnist" / "MNIST" / "raw", train=11, test=12)
+    files = {path.name: path.read_bytes() for path in place.iterdir()}
+    dataset.MNIST_MD5.update({name: hashlib.md5(data).hexdigest() for name, data in files.items()})
+    originals = {split: dataset.load_idx(place, split) for split in dataset.FILES}
+    bomb = gzip.compress(files[dataset.FILES["train"][0]] + bytes(10**8))
+    forgeries: dict[str, Callable[[bytes], bytes]] = {
+        "bytes": damage, "header": forge_numbers, "swap": lambda data: random.choice(list(files.values())),
+        "label": lambda data: data[:-1] + random.randbytes(1),
+        "gz": lambda data: gzip.compress(random.choice((damage, forge_numbers))(data)),
+        "gz bytes": lambda data: damage(gzip.compress(data)), "gz bomb": lambda data: bomb}
+
+    def exact(split: str, digits: Digits) -> bool:
+        right = originals[split]
+        return digits.images.equal(right.images) and digits.labels.equal(right.labels)
+
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        name, split = random.choice([(name, split) for split, names in dataset.FILES.items() for name in names])
+        kind = random.choice(list(forgeries))
+        target = place / (f"{name}.gz" if kind.startswith("gz") else name)
+        (place / name).unlink()
+        target.write_bytes(forgeries[kind](files[name]))
+        judge(f"load_mnist, {kind}", target, partial(dataset.load_mnist, folder, split), partial(exact, split))
+        judge(f"load_idx, {kind}", target, partial(dataset.load_idx, place, split), well_formed)
+        target.unlink()
+        (place / name).write_bytes(files[name])
 
 
 # What has to come of it
 
-
-def same(a: Any, b: Any) -> bool:
-    """Bitwise equality of states, by other means than the digest that is being tested."""
-    if isinstance(a, Tensor) and isinstance(b, Tensor):
-        return a.dtype == b.dtype and a.shape == b.shape and a.contiguous().flatten().view(torch.uint8).equal(
-            b.contiguous().flatten().view(torch.uint8))
-    if type(a) is not type(b):
-        return False
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(same, a, b))
-    return struct.pack("d", a) == struct.pack("d", b) if isinstance(a, float) else bool(a == b)
+COUNTS: Counter[str] = Counter()
+FAILURES: list[str] = []
 
 
-def outcome_of(read: Callable[[], Any]) -> tuple[str, Any]:
-    """("refused", message), ("read", result) or ("failed", why)."""
-    def too_slow(*_: Any) -> None:
-        raise Hang
-
-    signal.signal(signal.SIGALRM, too_slow)
+def judge(what: str, path: Path, read: Callable[[], Any], right: Callable[[Any], bool]) -> None:
+    """Reads a file, which has to end in a UserError of one line or in what is right, and in no change of the folder."""
+    listing, data, problem = sorted(path.parent.iterdir()), path.read_bytes(), ""
     signal.setitimer(signal.ITIMER_REAL, HANG_SECONDS)
     try:
-        return "read", read()
+        outcome, value = "read", read()
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        if not right(value):
+            problem = "it was read, but is not what was written"
     except UserError as error:
-        return "refused", str(error)
-    except Hang:
-        return "failed", f"took more than {HANG_SECONDS} s\n{traceback.format_exc()}"
-    except Exception:
-        return "failed", traceback.format_exc()
+        outcome, said = "refused", str(error)
+        if not said.isprintable() or len(said) > 1200 or str(path.parent) not in said:
+            problem = f"an odd message: {said!r}"
+    except (Hang, Exception):
+        problem = traceback.format_exc()
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
-
-
-def in_one_line(message: str) -> bool:
-    return message.isprintable() and len(message) < 1200
-
-
-def fuzz_checkpoints(rng: random.Random, folder: Path, seconds: float, failures: Failures) -> Counter[str]:
-    counts: Counter[str] = Counter()
-    files = [written(state) for state in sample_states()]
-    originals = [plain_load(data) for data in files]
-    path, marker = folder / "last.pt", folder / "marker"
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        which = rng.randrange(len(files))
-        data, allowed = files[which], [originals[which]]
-        kind = rng.choice(("bytes", "records", "pickle", "state") * 4 + ("compressed", "directory"))
-        if kind == "bytes":
-            data = rng.choice(DAMAGES)(rng, data)
-        elif kind == "records":
-            data = forge_records(rng, data)
-        elif kind in ("pickle", "state"):
-            data, result = forge_pickle(rng, data, marker) if kind == "pickle" else forge_state(rng, data)
-            allowed = [] if result is None else [result]
-        elif kind == "compressed":
-            data, allowed = compress(rng, data), []
-        else:
-            data = overlap(rng, data)
-        path.write_bytes(data)
-        before = path.stat().st_mtime_ns
-
-        def read() -> State:
-            state = checkpoint.load(path)
-            checkpoint.load_weights(Network(), state["ema"], path)
-            return state
-
-        outcome, value = outcome_of(read)
-        if outcome == "read" and not any(same(value, other) for other in allowed):
-            outcome, value = "failed", "it was read, but is not what was written"
-        if outcome == "refused" and not (in_one_line(value) and str(path) in value):
-            outcome, value = "failed", f"an odd message: {value!r}"
-        if sorted(folder.iterdir()) != [path] or path.stat().st_mtime_ns != before or path.read_bytes() != data:
-            outcome, value = "failed", f"a side effect: {sorted(folder.iterdir())}"
-            marker.unlink(missing_ok=True)
-        counts[f"checkpoint, {kind}: {outcome}"] += 1
-        if outcome == "failed":
-            report(failures, f"checkpoint, {kind}: {value}", data)
-    path.unlink()
-    return counts
-
-
-def tiny_set(count: int) -> dict[str, bytes]:
-    random_bytes = random.Random(1).randbytes
-    images = {name: struct.pack(">4I", 0x803, n, 28, 28) + random_bytes(n * 784)
-              for name, n in (("train-images-idx3-ubyte", count), ("t10k-images-idx3-ubyte", count + 1))}
-    labels = {name: struct.pack(">2I", 0x801, n) + bytes(i % 10 for i in range(n))
-              for name, n in (("train-labels-idx1-ubyte", count), ("t10k-labels-idx1-ubyte", count + 1))}
-    return images | labels
-
-
-def forge_header(rng: random.Random, data: bytes) -> bytes:
-    at = 4 * rng.randrange(4 if data[3] == 3 else 2)
-    value = rng.choice((0, 1, 11, 27, 28, 29, 784, 0x801, 0x803, 10**6, 2**31, 2**32 - 1, rng.randrange(20)))
-    return data[:at] + struct.pack(">I", value) + data[at + 4:]
-
-
-def forge_label(rng: random.Random, data: bytes) -> bytes:
-    at = rng.randrange(8, len(data))
-    return data[:at] + bytes([rng.randrange(256)]) + data[at + 1:]
-
-
-def well_formed(digits: Digits) -> bool:
-    n = len(digits)
-    right = n > 0 and digits.images.shape == (n, 1, 28, 28) and digits.labels.shape == (n,)
-    right = right and (digits.images.dtype, digits.labels.dtype) == (torch.uint8, torch.int64)
-    return right and 0 <= digits.labels.min() and digits.labels.max() < 10
-
-
-def fuzz_idx(rng: random.Random, folder: Path, seconds: float, failures: Failures) -> Counter[str]:
-    """Both readers of IDX files; load_mnist is told the MD5s of a tiny set, so that it never downloads."""
-    counts: Counter[str] = Counter()
-    files = tiny_set(11)
-    dataset.MNIST_MD5.update({name: hashlib.md5(data).hexdigest() for name, data in files.items()})
-    place = folder / "mnist" / "MNIST" / "raw"
-    place.mkdir(parents=True)
-    for name, data in files.items():
-        (place / name).write_bytes(data)
-    bomb = gzip.compress(files["train-images-idx3-ubyte"] + bytes(10**8))
-    originals = {split: dataset.load_idx(place, split) for split in dataset.FILES}
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        name, split = rng.choice([(name, split) for split, names in dataset.FILES.items() for name in names])
-        data = files[name]
-        kind = rng.choice(("bytes", "header", "label", "swap", "gz", "gz bytes", "bomb"))
-        if kind == "bytes":
-            data = rng.choice(DAMAGES)(rng, data)
-        elif kind == "header":
-            data = forge_header(rng, data)
-        elif kind == "label":
-            data = forge_label(rng, data)
-        elif kind == "swap":
-            data = files[rng.choice(list(files))]
-        elif kind == "gz":
-            data = gzip.compress(rng.choice((*DAMAGES, forge_header))(rng, data))
-        elif kind == "gz bytes":
-            data = rng.choice(DAMAGES)(rng, gzip.compress(data))
-        else:
-            data = bomb
-        target = place / (f"{name}.gz" if kind in ("gz", "gz bytes", "bomb") else name)
-        (place / name).unlink()
-        target.write_bytes(data)
-        listing = sorted(place.iterdir())
-        for reader in ("load_mnist", "load_idx"):
-            where = folder if reader == "load_mnist" else place
-            outcome, value = outcome_of(partial(getattr(dataset, reader), where, split))
-            if outcome == "read":
-                exact = value.images.equal(originals[split].images) and value.labels.equal(originals[split].labels)
-                if not (exact if reader == "load_mnist" else well_formed(value)):
-                    outcome, value = "failed", "it was read, but is not what was written"
-            if outcome == "refused" and not (in_one_line(value) and str(place) in value):
-                outcome, value = "failed", f"an odd message: {value!r}"
-            if sorted(place.iterdir()) != listing or target.read_bytes() != data:
-                outcome, value = "failed", "a side effect"
-            counts[f"{reader}, {kind}: {outcome}"] += 1
-            if outcome == "failed":
-                report(failures, f"{reader}, {name}, {kind}: {value}", data)
-        target.unlink()
-        (place / name).write_bytes(files[name])
-    return counts
-
-
-def report(failures: Failures, what: str, data: bytes) -> None:
-    failures.append(what)
-    if len(failures) <= 5:
-        kept = Path(tempfile.gettempdir()) / f"fuzz-failure-{len(failures)}"
+    if sorted(path.parent.iterdir()) != listing or path.read_bytes() != data:
+        problem = "a side effect"
+    COUNTS[f"{what}: {'failed' if problem else outcome}"] += 1
+    if problem:
+        FAILURES.append(f"{what}: {problem}")
+    if problem and len(FAILURES) <= 5:
+        kept = Path(tempfile.gettempdir()) / f"fuzz-failure-{len(FAILURES)}"
         kept.write_bytes(data)
-        print(f"FAILED: {what.strip()}\n  the file is kept in {kept}", flush=True)
+        print(f"FAILED: {FAILURES[-1]}\n  the file is kept in {kept}", flush=True)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def give_up(*_: Any) -> None:
+    raise Hang
+
+
+def main(argv: list[str]) -> int:
+    parser = Parser(__doc__, "--seed")
     parser.add_argument("--seconds", type=float, default=60.0, help="how long; a quarter of it for IDX files")
-    parser.add_argument("--seed", type=int, default=0, help="of the damage")
-    options = parser.parse_args()
+    options = parser.parse(argv)
     faulthandler.enable()
+    signal.signal(signal.SIGALRM, give_up)
     torch.set_num_threads(1)
-    unit = 1 if sys.platform == "darwin" else 1024
-    failures: Failures = []
-    counts: Counter[str] = Counter()
-    rng = random.Random(options.seed)
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    random.seed(options.seed)
+    memory = peak_memory(CPU.device)
     for fuzz, share in ((fuzz_checkpoints, 0.75), (fuzz_idx, 0.25)):
         with tempfile.TemporaryDirectory() as folder:
-            counts += fuzz(rng, Path(folder), share * options.seconds, failures)
-    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit - memory
-    if grown > MEMORY_LIMIT:
-        failures.append(f"memory grew by {grown / 1e6:.0f} MB")
-    for what, count in sorted(counts.items()):
+            fuzz(Path(folder), share * options.seconds)
+    grown = peak_memory(CPU.device) - memory
+    for what, count in sorted(COUNTS.items()):
         print(f"{what:40} {count:7,}")
-    print(f"{counts.total():,} files read, {len(failures)} failures, memory grew by {grown / 1e6:.0f} MB")
-    return 1 if failures else 0
+    print(f"{COUNTS.total():,} files read, {len(FAILURES)} failures, memory grew by {grown / 1e6:.0f} MB")
+    return int(bool(FAILURES) or grown > MEMORY_LIMIT)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_script(main)

@@ -1,4 +1,4 @@
-"""Trains checkpoints/extractor.pt, the digit classifier whose features every quality figure of this project rests on.
+"""Trains checkpoints/extractor.safetensors, the digit classifier on whose features every quality figure rests.
 
     python benchmarks/train_extractor.py            (a few minutes on two CPU cores)
     python benchmarks/train_extractor.py --verify   (measures the shipped file again)
@@ -6,24 +6,26 @@
 A new file has a new digest, and figures compare only under one digest: train it again only to change it.
 """
 
-import argparse
+import json
 import math
-import sys
 import time
+from argparse import Namespace
 from pathlib import Path
+from typing import cast
 
+import safetensors.torch
 import torch
 import torch.nn.functional as F
+from common import Parser, config_of, run_script
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-import metrics  # noqa: E402
-from checkpoint import write_atomically  # noqa: E402
-from config import UserError  # noqa: E402
-from dataset import load_generated, load_mnist  # noqa: E402
-from runtime import to_unit  # noqa: E402
+import dataset
+from config import UserError
+from support import metrics
+from support.checkpoint import weights_digest
+from support.files import make_folder, write_atomically
+from support.runtime import to_unit
 
 ROTATION, SCALE, SHIFT, SHEAR = 12.0, 0.12, 2.0, 0.15  # largest change: degrees, share, pixels, share
 
@@ -39,30 +41,30 @@ def augment(x: Tensor, generator: torch.Generator) -> Tensor:
     return F.grid_sample(x + 1, grid, align_corners=False) - 1  # black outside
 
 
-def train(images: Tensor, labels: Tensor, args: argparse.Namespace) -> metrics.Extractor:
-    torch.manual_seed(args.seed)
-    generator = torch.Generator().manual_seed(args.seed)
+def train(images: Tensor, labels: Tensor, options: Namespace) -> metrics.Extractor:
+    torch.manual_seed(options.seed)
+    generator = torch.Generator().manual_seed(options.seed)
     network = metrics.Extractor().to(memory_format=torch.channels_last)
     averaged = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(0.995), use_buffers=True)
-    steps = args.epochs * (len(images) // args.batch_size)
-    optimizer = torch.optim.AdamW(network.parameters(), lr=args.lr, weight_decay=0.02)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=steps, pct_start=0.2)
+    steps = options.epochs * (len(images) // options.batch_size)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=options.lr, weight_decay=0.02)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, options.lr, total_steps=steps, pct_start=0.2)
     started = time.perf_counter()
-    for epoch in range(args.epochs):
+    for epoch in range(options.epochs):
         total = 0.0
         order = torch.randperm(len(images), generator=generator)
-        for index in order[:len(order) // args.batch_size * args.batch_size].split(args.batch_size):
+        for index in order[:len(order) // options.batch_size * options.batch_size].split(options.batch_size):
             x = augment(to_unit(images[index]), generator).to(memory_format=torch.channels_last)
-            loss = F.cross_entropy(network(x)[1], labels[index], label_smoothing=args.smoothing)
+            loss = F.cross_entropy(network(x)[1], labels[index], label_smoothing=options.smoothing)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             schedule.step()
             averaged.update_parameters(network)
             total += loss.item() * len(index)
-        print(f"epoch {epoch + 1}/{args.epochs}  loss {total / len(order):.4f}  "
-              f"{time.perf_counter() - started:.0f} s", flush=True)
-    return averaged.module.eval()
+        seconds = time.perf_counter() - started
+        print(f"epoch {epoch + 1}/{options.epochs}  loss {total / len(order):.4f}  {seconds:.0f} s", flush=True)
+    return cast(metrics.Extractor, averaged.module.eval())
 
 
 def score(extractor: metrics.Extractor, images: Tensor, labels: Tensor) -> dict[str, float]:
@@ -73,52 +75,46 @@ def score(extractor: metrics.Extractor, images: Tensor, labels: Tensor) -> dict[
 
 
 def save(path: Path, extractor: metrics.Extractor, meta: dict[str, object]) -> None:
-    state = {name: tensor.clone().contiguous() for name, tensor in extractor.state_dict().items()}
-    stored = {"state": state, "digest": metrics.digest_of(state), "meta": meta}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, lambda file: torch.save(stored, file))
+    state = {name: tensor.contiguous() for name, tensor in extractor.state_dict().items()}
+    data = safetensors.torch.save(state, {"digest": weights_digest(state), "meta": json.dumps(meta)})
+    make_folder(path.parent)
+    write_atomically(path, lambda file: file.write(data))
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data-dir", type=Path, default=Path("dataset"), help="folder of the data, as for run.py")
+    parser = Parser(__doc__, "--data-dir", "--seed")
     parser.add_argument("--out", type=Path, default=metrics.EXTRACTOR, help="file to write, or to verify")
     parser.add_argument("--verify", action="store_true", help="only measure the file on the test images")
     parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--lr", type=float, default=4e-3, help="peak learning rate")
     parser.add_argument("--smoothing", type=float, default=0.03, help="of the labels; more makes it less sure")
-    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--generated", action="store_true", help="train on dataset/generated/ instead; needs --out")
-    args = parser.parse_args(argv)
-    if args.generated and args.out == metrics.EXTRACTOR:
+    options = parser.parse(argv)
+    if options.generated and options.out == metrics.EXTRACTOR:
         raise UserError("--generated: name another file with --out, so that the extractor stays what it is")
 
-    test = load_mnist(args.data_dir, "test")
-    if not args.verify:
-        digits = load_generated("train") if args.generated else load_mnist(args.data_dir, "train")
-        extractor = train(digits.images, digits.labels, args)
-        settings = f"--epochs {args.epochs} --batch-size {args.batch_size} --lr {args.lr:g}"
-        settings += " --generated" * args.generated
-        command = f"python benchmarks/train_extractor.py {settings} --smoothing {args.smoothing:g} --seed {args.seed}"
-        save(args.out, extractor, {"command": command, "torch": str(torch.__version__),
-                                   **score(extractor, test.images, test.labels)})
+    config = config_of(options)
+    test = dataset.load(config, "test")
+    if not options.verify:
+        digits = dataset.load_generated("train") if options.generated else dataset.load(config, "train")
+        extractor = train(digits.images, digits.labels, options)
+        command = (f"python benchmarks/train_extractor.py --epochs {options.epochs} --batch-size {options.batch_size} "
+                   f"--lr {options.lr:g}{' --generated' * options.generated} --smoothing {options.smoothing:g} "
+                   f"--seed {options.seed}")
+        measured = score(extractor, test.images, test.labels)
+        save(options.out, extractor, {"command": command, "torch": torch.__version__, **measured})
 
-    extractor = metrics.load_extractor(args.out)
-    found = score(extractor, test.images, test.labels)
-    print(f"{args.out}  digest {extractor.digest}  {args.out.stat().st_size / 1e6:.2f} MB\n"
+    extractor = metrics.load_extractor(options.out)
+    found, recorded = score(extractor, test.images, test.labels), extractor.meta["accuracy"]
+    print(f"{options.out}  digest {extractor.digest}  {options.out.stat().st_size / 1e6:.2f} MB\n"
           f"trained by: {extractor.meta['command']}\n"
-          f"{len(test.images)} test images: accuracy {found['accuracy']:.2%}, sure (p > 0.9) of {found['sure']:.2%}, "
+          f"{len(test)} test images: accuracy {found['accuracy']:.2%}, sure (p > 0.9) of {found['sure']:.2%}, "
           f"negative log-likelihood {found['nll']:.4f} nats")
-    recorded = extractor.meta["accuracy"]
     if abs(found["accuracy"] - recorded) > 2e-4:
-        raise UserError(f"{args.out}: it records an accuracy of {recorded:.2%}, but {found['accuracy']:.2%} was "
+        raise UserError(f"{options.out}: it records an accuracy of {recorded:.2%}, but {found['accuracy']:.2%} was "
                         "measured; check --data-dir, or train it again")
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except UserError as error:
-        print(f"train_extractor: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_script(main)

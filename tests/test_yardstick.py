@@ -145,8 +145,9 @@ def test_left_out_values_are_those_without_the_block(real: Yardstick, digits: Di
     row = real.measure(images, real.labels, overlap=False, neighbours=False)
     assert all(len(values) == 20 for values in row.left_out.values())
     kept = torch.arange(COUNT) // 100 != 13
-    shorter = real._values(real._sums(real._see(images[kept], real.labels[kept]), 1).sum(),
-                           torch.bincount(real.labels, minlength=10).double(), torch.arange(10), real.references)
+    sums = {key: part.sum() for key, part in real._sums(real._see(images[kept], real.labels[kept])).items()}
+    counts = torch.bincount(real.labels, minlength=10).double()
+    shorter = real._values(sums, counts, torch.arange(10), real.references)
     for key in ("within", "frechet", "texture", "ink", "sure", "zeros", "asked"):
         assert row.left_out[key][13].item() == pytest.approx(shorter[key].item(), rel=1e-4)
         assert row.errors[key] == pytest.approx(jackknife_error(row.left_out[key]))
