@@ -23,7 +23,7 @@ MIN_SNR_GAMMA = 5.0  # arXiv 2303.09556, section 3.4
 class NoiseSchedule:
     """alpha_bar float64 [T+1] on the CPU, descending from alpha_bar[0] == 1; and what the network learns to predict.
 
-    A schedule may end at alpha_bar[T] == 0 (zero terminal SNR); then the prediction can't be the noise.
+    It may end at 0 (zero terminal SNR), where the prediction can't be the noise. Everything derived is float64 [T+1].
     """
 
     alpha_bar: Tensor
@@ -32,22 +32,18 @@ class NoiseSchedule:
 
     @property
     def timesteps(self) -> int:
-        """T, the number of noise levels."""
         return len(self.alpha_bar) - 1
 
     @cached_property
-    def alpha(self) -> Tensor:
-        """Scale of the signal, float64 [T+1]."""
+    def alpha(self) -> Tensor:  # scale of the signal
         return self.alpha_bar.sqrt()
 
     @cached_property
-    def sigma(self) -> Tensor:
-        """Standard deviation of the noise, float64 [T+1]."""
+    def sigma(self) -> Tensor:  # standard deviation of the noise
         return (1 - self.alpha_bar).sqrt()
 
     @cached_property
-    def snr(self) -> Tensor:
-        """Signal-to-noise ratio alpha_t^2 / sigma_t^2, float64 [T+1]; infinite at t = 0."""
+    def snr(self) -> Tensor:  # alpha_t^2 / sigma_t^2, infinite at t = 0
         return self.alpha_bar / (1 - self.alpha_bar)
 
     def at(self, values: Tensor, t: Tensor) -> Tensor:
@@ -66,8 +62,6 @@ def make_schedule(config: DiffusionConfig) -> NoiseSchedule:
     """Linear betas (arXiv 2006.11239, section 4; scaled by 1000 / T) or the cosine schedule (2102.09672, eq. 17)."""
     steps = config.timesteps
     if config.schedule == "linear":
-        if steps <= 20:
-            raise UserError(f"--timesteps {steps}: the linear schedule's last beta, 20 / T, reaches 1; use at least 21")
         beta = torch.linspace(1e-4, 0.02, steps, dtype=torch.float64) * (1000 / steps)
     elif config.schedule == "cosine":
         f = torch.cos((torch.arange(steps + 1, dtype=torch.float64) / steps + 0.008) / 1.008 * math.pi / 2).square()
@@ -123,10 +117,10 @@ def loss_weights(schedule: NoiseSchedule) -> Tensor:
     "none": 1. "snr": as if x0's squared error were weighted by SNR, which is the unweighted noise loss of 2006.11239.
     "min-snr": as if it were weighted by min(SNR, 5) (2303.09556, section 3.4).
     """
+    if schedule.weighting == "none":
+        return torch.ones_like(schedule.alpha_bar)
     snr = schedule.snr.clone()
     snr[0] = snr[1]  # t = 0 is never trained on; keep it finite
-    if schedule.weighting == "none":
-        return torch.ones_like(snr)
     wanted = snr if schedule.weighting == "snr" else snr.clamp(max=MIN_SNR_GAMMA)
     # Squared errors: x0's is the noise's over SNR, and v's over SNR + 1.
     return wanted / {"noise": snr, "x0": torch.ones_like(snr), "v": snr + 1}[schedule.prediction]
@@ -162,16 +156,15 @@ def make_denoiser(network: Network, schedule: NoiseSchedule, labels: Tensor, gui
     With classifier-free guidance (arXiv 2207.12598, eq. 6, whose w is guidance - 1) both halves go through the network
     in one batch; at guidance 1 there is no second half.
     """
-    unlabelled = torch.full_like(labels, NO_LABEL)
+    both_labels = torch.cat([labels, torch.full_like(labels, NO_LABEL)])
 
     def denoise(x: Tensor, t: int) -> Tensor:
-        network_input = x.float()
+        x_in = x.float()
         times = torch.full((len(x),), t, device=x.device)
         if guidance == 1:
-            prediction = network(network_input, times, labels)
+            prediction = network(x_in, times, labels)
         else:
-            both = network(network_input.repeat(2, 1, 1, 1), times.repeat(2), torch.cat([labels, unlabelled]))
-            labelled, free = both.chunk(2)
+            labelled, free = network(x_in.repeat(2, 1, 1, 1), times.repeat(2), both_labels).chunk(2)
             prediction = free + guidance * (labelled - free)
         return predicted_x0(schedule, prediction.to(x.dtype), x, t).clamp(-1, 1)
 

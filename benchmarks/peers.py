@@ -212,7 +212,22 @@ def save(report: dict[str, Any], path: Path) -> None:
     for row in report["quality"]:
         curves.setdefault(row["name"], []).append((row["minutes"], row["frechet"]))
     if curves:
-        plots.save_frontier(path.with_suffix(".png"), curves, {"machine": report["machine"]})
+        save_frontier(path.with_suffix(".png"), curves, {"machine": report["machine"]})
+
+
+def save_frontier(path: Path, curves: dict[str, list[tuple[float, float]]], metadata: dict[str, str]) -> None:
+    """PNG of quality against time: a curve of (minutes of training, Fréchet distance over its floor) for each name."""
+    colours = plots.BLUE, plots.ORANGE, plots.GREEN, "#cc79a7", "#e69f00"  # one for each of the contenders
+    with plots.open_figure(path, 1125, 690, metadata) as figure:
+        axes = figure.subplots()
+        axes.set(title="Quality over time", xlabel="minutes of training", ylabel="Fréchet distance (real images: 1)")
+        axes.axhline(1, label="real images", **plots.LANDMARK)
+        for colour, (name, points) in zip(colours, curves.items()):
+            axes.loglog(*zip(*sorted(points)), "o-", color=colour, label=name)
+        measured = sorted({minutes for points in curves.values() for minutes, _ in points})
+        axes.set_xticks(measured, [f"{minutes:g}" for minutes in measured])
+        axes.set_xticks([], minor=True)
+        figure.legend(loc="outside right center")
 
 
 def compare(options: Namespace, here: Runtime) -> dict[str, Any]:

@@ -6,7 +6,6 @@ Images are uint8 [N, 1, 28, 28]; statistics are taken in float64 on the CPU.
 """
 
 import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,9 +20,6 @@ from support.runtime import to_unit
 
 EXTRACTOR = ROOT / "checkpoints" / "extractor.safetensors"
 SURE = 0.9  # probability of its likeliest class above which the classifier counts as sure of an image
-
-
-# The extractor
 
 
 class Extractor(nn.Module):
@@ -73,26 +69,18 @@ def load_extractor(path: Path = EXTRACTOR) -> Extractor:
 
 @dataclass(frozen=True)
 class Features:
-    """What the extractor says of N images, on the CPU."""
+    """What the extractor says of N images."""
 
     features: Tensor  # float32 [N, 64]
     probabilities: Tensor  # float32 [N, 10]
 
 
 @torch.no_grad()
-def extract(extractor: Extractor, images: Tensor, batch: int = 500, device: torch.device | str = "cpu") -> Features:
-    """Features and class probabilities of uint8 images [N, 1, 28, 28]; moves the extractor to the device."""
-    extractor = extractor.to(device).eval()
-    features, probabilities = [], []
-    for chunk in images.split(batch):
-        x = to_unit(chunk.to(device)).to(memory_format=torch.channels_last)
-        found, logits = extractor(x)
-        features.append(found.cpu())
-        probabilities.append(logits.softmax(dim=1).cpu())
-    return Features(torch.cat(features), torch.cat(probabilities))
-
-
-# Fréchet distance
+def extract(extractor: Extractor, images: Tensor, batch: int = 500) -> Features:
+    """Features and class probabilities of uint8 images [N, 1, 28, 28], all on the CPU."""
+    found = [extractor(to_unit(chunk).to(memory_format=torch.channels_last)) for chunk in images.split(batch)]
+    features, logits = (torch.cat(parts) for parts in zip(*found))
+    return Features(features, logits.softmax(dim=1))
 
 
 @dataclass(frozen=True)
@@ -123,17 +111,14 @@ class Moments:
                          (weight[..., None, None] * self.second).sum(-3))
 
 
-def class_moments(features: Tensor, labels: Tensor, block: Tensor | None = None) -> Moments:
-    """Of features [N, D] and labels [N], for each of the blocks, if their numbers [N] are given: [blocks, C, ...]."""
-    block = torch.zeros_like(labels) if block is None else block
-    blocks, features = int(block.max()) + 1, features.double().cpu()
-    group = block * CLASSES + labels
-    order = group.argsort(stable=True)
+def class_moments(features: Tensor, labels: Tensor, block: Tensor) -> Moments:
+    """Of features [N, D] by label [N], for each of the blocks, whose numbers [N] are given: [blocks, C, ...]."""
+    blocks, group = int(block.max()) + 1, block * CLASSES + labels
     sizes = torch.bincount(group, minlength=blocks * CLASSES)
-    second = torch.stack([part.T @ part for part in features[order].split(sizes.tolist())])
-    first = torch.zeros(blocks * CLASSES, features.shape[1], dtype=torch.float64).index_add(0, group, features)
-    return Moments(sizes.double().view(blocks, CLASSES), first.view(blocks, CLASSES, -1),
-                   second.view(blocks, CLASSES, *second.shape[1:]))
+    parts = features.double()[group.argsort(stable=True)].split(sizes.tolist())
+    first = torch.stack([part.sum(0) for part in parts])
+    second = torch.stack([part.T @ part for part in parts])
+    return Moments(*(sums.unflatten(0, (blocks, CLASSES)) for sums in (sizes.double(), first, second)))
 
 
 def _gaussian(count: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
@@ -147,8 +132,8 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
 
     It is biased upwards by about 1/N, so only distances at equal N and M compare.
     """
-    one, other = (class_moments(x, torch.zeros(len(x), dtype=torch.int64)).sum().together() for x in (a, b))
-    return frechet_from_moments(*one, *other).item()
+    (mean_a, cov_a), (mean_b, cov_b) = ((x.mean(dim=0), x.T.cov()) for x in (a.double(), b.double()))
+    return frechet_from_moments(mean_a, cov_a, mean_b, cov_b).item()
 
 
 def frechet_from_moments(mean_a: Tensor, cov_a: Tensor, mean_b: Tensor, cov_b: Tensor) -> Tensor:
@@ -161,9 +146,6 @@ def frechet_from_moments(mean_a: Tensor, cov_a: Tensor, mean_b: Tensor, cov_b: T
     return ((mean_a - mean_b).square().sum(-1) + traces - 2 * cross).clamp(min=0)
 
 
-# Texture: what digit features do not see
-
-
 def texture_filters() -> Tensor:
     """The eight 3x3 cosine (DCT-II) filters without a mean, orthonormal: [8, 1, 3, 3]."""
     waves = torch.tensor([[1.0, 1, 1], [1, 0, -1], [1, -2, 1]])
@@ -171,7 +153,6 @@ def texture_filters() -> Tensor:
     return torch.einsum("ik,jl->ijkl", waves, waves).reshape(9, 1, 3, 3)[1:]
 
 
-@torch.no_grad()
 def texture_features(images: Tensor, batch: int = 1000) -> Tensor:
     """Local contrast of uint8 images at two scales -> float32 [N, 32]; blind to where on the image it is.
 
@@ -189,62 +170,39 @@ def texture_features(images: Tensor, batch: int = 1000) -> Tensor:
     return torch.cat(found)
 
 
-def zero_share(images: Tensor) -> float:
-    """Share of all pixels that are exactly 0; about 0.81 in MNIST."""
-    return (images == 0).double().mean().item()
-
-
-# Precision, recall, coverage
-
-
 class Overlap(NamedTuple):
-    """How two sets of features overlap; every share is 1 at best, and density about 1 for two sets of one source."""
+    """How two sets of features overlap; every share is 1 at best."""
 
     precision: float  # share of fakes within some real ball
     recall: float  # share of reals within some fake ball
-    density: float  # real balls around each fake, over k
     coverage: float  # share of real balls that hold a fake
 
 
-def precision_recall_coverage(real: Tensor, fake: Tensor, real_radius: Tensor | None = None,
-                              fake_radius: Tensor | None = None, k: int = 5, block: int = 1000) -> Overlap:
-    """Overlap of features real [N, D] and fake [M, D]: precision and recall of arXiv 1904.06991, eq. 1 and 2; density
-    and coverage of 2002.09797, eq. 3 and 4.
+def precision_recall_coverage(real: Tensor, fake: Tensor, real_radius: Tensor, fake_radius: Tensor,
+                              block: int = 1000) -> Overlap:
+    """Overlap of features real [N, D] and fake [M, D], a ball around each point having its `radius`.
 
-    A ball reaches from a point to its k-th nearest neighbour in its own set; `radius` of a set that is known already may
-    be given. Raises UserError below k + 1 images.
+    Precision and recall: arXiv 1904.06991, eq. 1 and 2; coverage: 2002.09797, eq. 4.
     """
-    if min(len(real), len(fake)) <= k:
-        raise UserError(f"{min(len(real), len(fake))} images: precision and recall need more than {k}; "
-                        "draw more with --num-images")
-    real_radius = radius(real, k) if real_radius is None else real_radius  # [N]
-    fake_radius = radius(fake, k) if fake_radius is None else fake_radius  # [M]
-    real, fake = real.double().cpu(), fake.double().cpu()  # in float32, matrix products would blur small distances
-    balls, in_real = 0, 0
-    in_fake, covered = torch.zeros(len(real), dtype=torch.bool), torch.zeros(len(real), dtype=torch.bool)
+    real, fake = real.double(), fake.double()  # in float32, matrix products would blur small distances
+    in_real = []
+    in_fake, covered = torch.zeros(2, len(real), dtype=torch.bool)
     for chunk, reach in zip(fake.split(block), fake_radius.split(block)):
         distance = torch.cdist(chunk, real)  # [B, N]
         inside = distance <= real_radius
-        in_real += int(inside.any(dim=1).sum())
-        balls += int(inside.sum())
+        in_real.append(inside.any(dim=1))
         covered |= inside.any(dim=0)
         in_fake |= (distance <= reach[:, None]).any(dim=0)
-    return Overlap(precision=in_real / len(fake), recall=in_fake.double().mean().item(),
-                   density=balls / (k * len(fake)), coverage=covered.double().mean().item())
+    return Overlap(*(share.double().mean().item() for share in (torch.cat(in_real), in_fake, covered)))
 
 
 def radius(points: Tensor, k: int = 5, block: int = 1000) -> Tensor:
-    """Distance of each of the points [N, D] to its k-th nearest other one -> float64 [N]."""
-    points = points.double().cpu()
-    nearest = [torch.cdist(chunk, points).topk(k + 1, largest=False).values[:, k]
-               for chunk in points.split(block)]
+    """Distance of each of the points [N, D], which are more than k, to its k-th nearest other one -> float64 [N]."""
+    points = points.double()
+    nearest = [torch.cdist(chunk, points).topk(k + 1, largest=False).values[:, k] for chunk in points.split(block)]
     return torch.cat(nearest)  # the nearest of all is the point itself
 
 
-# Memorisation
-
-
-@torch.no_grad()
 def nearest(queries: Tensor, references: Tensor, block: int = 500) -> tuple[Tensor, Tensor]:
     """Distance float64 [N] of each of the queries [N, ...] to its nearest reference [M, ...], and its index int64 [N].
 
@@ -257,7 +215,7 @@ def nearest(queries: Tensor, references: Tensor, block: int = 500) -> tuple[Tens
     distances, indices = [], []
     for chunk in queries.split(block):
         shifted = chunk.flatten(1).to(flat) - centre
-        index = torch.addmm(half_norm, shifted, flat.T, alpha=-1).argmin(dim=1).to(references.device)  # [B]
+        index = torch.addmm(half_norm, shifted, flat.T, alpha=-1).argmin(dim=1)  # [B]
         found = references[index].flatten(1).cpu().double()
         distances.append((chunk.flatten(1).cpu().double() - found).norm(dim=1))
         indices.append(index.cpu())
@@ -270,13 +228,9 @@ def memorisation(generated: Tensor, test: Tensor) -> dict[str, float]:
     A model that copies draws nearer to its training set than unseen digits lie: a ratio of medians well below 1, and
     a share closer than the test set's 1% quantile well above 0.01.
     """
-    generated, test = generated.double().cpu(), test.double().cpu()
-    median, expected = generated.median().item(), test.median().item()
-    return {"median": median, "test_median": expected, "ratio": median / expected if expected > 0 else math.inf,
+    return {"median": generated.median().item(), "test_median": test.median().item(),
+            "ratio": (generated.median() / test.median()).item(),
             "share_closer": (generated < test.quantile(0.01)).double().mean().item()}
-
-
-# What the classifier says
 
 
 def sure_share(probabilities: Tensor) -> float:
@@ -286,7 +240,7 @@ def sure_share(probabilities: Tensor) -> float:
 
 def drawn_as_asked(probabilities: Tensor, labels: Tensor) -> float:
     """Share of the images whose likeliest class is the label asked for; probabilities [N, 10], labels int64 [N]."""
-    return (probabilities.argmax(dim=1) == labels.to(probabilities.device)).double().mean().item()
+    return (probabilities.argmax(dim=1) == labels).double().mean().item()
 
 
 def class_histogram(probabilities: Tensor) -> Tensor:

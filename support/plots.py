@@ -20,7 +20,6 @@ from support.files import write_atomically
 DPI = 128  # of figures; a power of two, so that none of their sizes in pixels is rounded
 PAPER, INK = 255, 40  # grey levels
 BLUE, ORANGE, GREEN, GREY = "#0072b2", "#d55e00", "#009e73", "#8a8a8a"  # safe for the colour-blind (Okabe and Ito)
-COLOURS = (BLUE, ORANGE, GREEN, "#cc79a7", "#e69f00", "#56b4e9", GREY)
 STYLE: Any = {  # min_exponent: plain numbers on log axes, such as 0.01
     "figure.dpi": DPI, "figure.labelsize": "medium", "font.size": 12, "legend.frameon": False, "axes.axisbelow": True,
     "axes.titlelocation": "left", "axes.titlesize": 13, "axes.spines.top": False, "axes.spines.right": False,
@@ -34,10 +33,10 @@ GAP = 5  # columns from one digit's stroke to the next one's, where they come cl
 OVERLAP = 4  # pixels by which one digit may reach over its neighbour, as a 7 over a 4
 
 
-def to_grid(images: ArrayLike, columns: int, gap: int = 2, background: int = 0) -> np.ndarray:
-    """Images [N, 1, h, w] or [N, h, w] row by row in a grid with `gap` pixels around each -> uint8 [H, W]."""
+def to_grid(images: ArrayLike, columns: int, gap: int = 2) -> np.ndarray:
+    """Images [N, 1, h, w] or [N, h, w] row by row in a grid with `gap` black pixels around each -> uint8 [H, W]."""
     tiles = _tiles(images)
-    return _page([tiles[start:start + columns] for start in range(0, len(tiles), columns)], gap, background)
+    return _page([tiles[start:start + columns] for start in range(0, len(tiles), columns)], gap, paper=0)
 
 
 def save_grid(path: Path, images: ArrayLike, columns: int, metadata: Mapping[str, str]) -> None:
@@ -61,7 +60,7 @@ def save_neighbours(path: Path, generated: ArrayLike, nearest: ArrayLike, distan
 
 
 def save_sweep(path: Path, cells: Mapping[tuple[str, int], ArrayLike], seconds: Mapping[tuple[str, int], float],
-               quality: Mapping[tuple[str, int], float] | None, metadata: Mapping[str, str]) -> None:
+               quality: Mapping[tuple[str, int], float], metadata: Mapping[str, str]) -> None:
     """PNG table of samplers (rows) and steps (columns), each with the same few digits [n, 1, 28, 28] or blank.
 
     Below them: seconds per 256 images and, in `quality`, a distance to real digits over its floor.
@@ -69,14 +68,12 @@ def save_sweep(path: Path, cells: Mapping[tuple[str, int], ArrayLike], seconds: 
     blocks = {}
     for key, images in cells.items():
         grid = _tiles(to_grid(images, 4), 2)[0]
-        notes = [np.format_float_positional(numbers[key], 3, fractional=False, trim="-") + unit
-                 for numbers, unit in ((seconds, " s"), (quality or {}, "x")) if key in numbers]
-        blocks[key] = np.vstack([grid, _text("   ".join(notes), grid.shape[1], 44, size=28)])
+        notes = (np.format_float_positional(x, 3, fractional=False, trim="-") for x in (seconds[key], quality[key]))
+        blocks[key] = np.vstack([grid, _text("{} s   {}x".format(*notes), grid.shape[1], 44, size=28)])
     blank = np.full_like(blocks[key], PAPER)
     steps = sorted({step for _, step in cells})
-    title = "Same seeds in every cell. Below: seconds per 256 images"
-    title += " and distance to real digits (1x: as close as other real ones)" if quality else ""
-    rows = [[_text(title, 1500, 44, "l", 28)],
+    rows = [[_text("Same seeds in every cell. Below: seconds per 256 images and distance to real digits "
+                   "(1x: as close as other real ones)", 1500, 44, "l", 28)],
             [_text("", 170, 40), *(_text(f"{n} step{'s' * (n > 1)}", len(blank[0]), 40, size=28) for n in steps)]]
     for sampler in dict.fromkeys(sampler for sampler, _ in cells):
         rows.append([_text(sampler, 170, len(blank), "r", 28), *(blocks.get((sampler, step), blank) for step in steps)])
@@ -131,16 +128,16 @@ def set_in_line(digits: ArrayLike, margin: int = 6) -> np.ndarray:
     return line[rows.min() - margin:rows.max() + margin + 1, cols.min() - margin:cols.max() + margin + 1]
 
 
-def save_losses(path: Path, columns: Mapping[str, Any], reference: Mapping[str, Any] | None = None,
-                metadata: Mapping[str, str] | None = None, epoch_size: int | None = None) -> None:
+def save_losses(path: Path, columns: Mapping[str, Any], reference: Mapping[str, Any] | None,
+                metadata: Mapping[str, str], epoch_size: int) -> None:
     """PNG that answers "is my loss normal?": loss over images seen, and loss by noise level, first and last.
 
-    `columns` are those of metrics.csv: images, train_loss, test_loss, and test_loss_tA-B for timesteps A to B; all may
-    be empty. `reference`: those of the run of the shipped weights, drawn in grey. epoch_size: images in an epoch.
+    `columns` are those of metrics.csv: images, train_loss, test_loss, and test_loss_tA-B for timesteps A to B.
+    `reference`: those of the run of the shipped weights, drawn in grey. epoch_size: images in an epoch.
     """
     names = [name for name in columns if name.startswith("test_loss_t")]
     seen, losses = columns["images"], np.array([columns[name] for name in names], float)  # [levels, rows]
-    with _figure(path, 1500, 720, metadata or {}) as figure:
+    with open_figure(path, 1500, 720, metadata) as figure:
         curve, levels = figure.subplots(1, 2)
         curve.set(title="Loss while training", xlabel="training images seen")
         if reference:
@@ -149,78 +146,56 @@ def save_losses(path: Path, columns: Mapping[str, Any], reference: Mapping[str, 
         curve.loglog(seen, columns["train_loss"], ".-", color=BLUE, linewidth=1, label="training")
         curve.loglog(seen, columns["test_loss"], ".-", color=ORANGE, label="test")
         curve.xaxis.set_major_formatter(lambda x, _: f"{x / 1e6:g}M" if x >= 1e6 else f"{x / 1e3:g}k")
-        if epoch_size:
-            curve.secondary_xaxis(-0.2, functions=(lambda x: x / epoch_size, lambda x: x * epoch_size), xlabel="epochs")
+        curve.secondary_xaxis(-0.2, functions=(lambda x: x / epoch_size, lambda x: x * epoch_size), xlabel="epochs")
         curve.legend()
         levels.set(title="Test loss by noise level", xlabel="timestep t (0: clean, T: noise)")
-        if losses.size:
-            ranges = [name.removeprefix("test_loss_t") for name in names]
-            levels.semilogy(ranges, losses, color=BLUE, alpha=0.2, linewidth=1)
-            if reference and all(name in reference for name in names):
-                levels.semilogy(ranges, [reference[name][-1] for name in names], color=GREY, label="shipped weights")
-            for row, colour in ((0, ORANGE), (-1, BLUE))[-len(seen):]:  # the first and the last
-                levels.semilogy(ranges, losses[:, row], ".-", color=colour, label=f"after {seen[row]:,} images")
-            levels.tick_params(axis="x", rotation=35 * (len(names) > 5))
-            levels.legend()
+        ranges = [name.removeprefix("test_loss_t") for name in names]
+        levels.semilogy(ranges, losses, color=BLUE, alpha=0.2, linewidth=1)
+        if reference and all(name in reference for name in names):
+            levels.semilogy(ranges, [reference[name][-1] for name in names], color=GREY, label="shipped weights")
+        for row, colour in ((0, ORANGE), (-1, BLUE))[-len(seen):]:  # the first and the last
+            levels.semilogy(ranges, losses[:, row], ".-", color=colour, label=f"after {seen[row]:,} images")
+        levels.tick_params(axis="x", rotation=35)
+        levels.legend()
         figure.supxlabel(FLAT_LOSS, x=0.01, ha="left")
 
 
-def save_frontier(path: Path, curves: Mapping[str, Sequence[tuple[float, float]]], metadata: Mapping[str, str]) -> None:
-    """PNG of quality against time: a curve of (minutes of training, Frechet distance over its floor) for each name."""
-    with _figure(path, 1125, 690, metadata) as figure:
-        axes = figure.subplots()
-        axes.set(title="Quality over time", xlabel="minutes of training", ylabel="Fréchet distance (real images: 1)")
-        axes.axhline(1, label="real images", **LANDMARK)
-        for k, (name, points) in enumerate(curves.items()):
-            axes.loglog(*zip(*sorted(points), strict=True), "o-", color=COLOURS[k % len(COLOURS)], label=name)
-        measured = sorted({minutes for points in curves.values() for minutes, _ in points})
-        axes.set_xticks(measured, [f"{minutes:g}" for minutes in measured])
-        axes.set_xticks([], minor=True)
-        figure.legend(loc="outside right center")
-
-
 def save_evaluation(path: Path, report: Mapping[str, Any], metadata: Mapping[str, str]) -> None:
-    """PNG of one page, with a panel for each of these keys that the report has.
+    """PNG of one page with a panel for each of these keys of the report, of which only the last may be missing.
 
-    distances_over_floor and other_writers: name -> (ratio, error or None); histogram: model, asked -> counts [10];
-    manifold: row -> precision, recall, coverage; neighbours: model, test -> distances [N]; by_timestep: t, bits -> [n].
+    distances_over_floor and other_writers (in one): name -> (ratio, error or None); histogram: model, asked -> counts
+    [10]; manifold: row -> precision, recall, coverage; neighbours: model, test -> distances [N]; by_timestep: t, bits.
     """
-    keys = [k for k in ("distances_over_floor", "histogram", "manifold", "neighbours", "by_timestep") if report.get(k)]
-    if len(keys) == 5:
-        keys.insert(3, keys[0])  # the first one fills both rows
-    mosaic = [keys or [""]] if len(keys) < 4 else [keys[:len(keys) // 2], keys[len(keys) // 2:]]  # "": an empty panel
-    with _figure(path, 660 * len(mosaic[0]), 540 * len(mosaic), metadata) as figure:
+    mosaic = [["distances", "digits"], ["manifold", "neighbours"]]
+    if "by_timestep" in report:
+        mosaic = [["distances", "digits", "manifold"], ["distances", "neighbours", "bits"]]
+    with open_figure(path, 660 * len(mosaic[0]), 1080, metadata) as figure:
         panels = figure.subplot_mosaic(mosaic)
-        if axes := panels.get("distances_over_floor"):
-            for key, label, colour, marker in (("other_writers", "test set (other writers)", GREY, "D"),
-                                               ("distances_over_floor", "generated", BLUE, "o")):
-                if found := report.get(key):
-                    names = [name.replace("$", r"\$") for name in found]  # no formulas
-                    ratios, errors = np.array([*found.values()], float).T  # None becomes nan
-                    axes.errorbar(ratios, names, xerr=errors, fmt=marker, color=colour, capsize=2, label=label)
-            axes.axvline(1, label="real images", **LANDMARK)
-            axes.set(title="Distance to the training images", xlabel="times that of other real images", xscale="log",
-                     ylim=(len(names) - 0.4, -0.42 * len(names)))  # downwards, with room for the legend
-            axes.legend(loc="upper right")
-        if axes := panels.get("histogram"):
-            shares = {label: 100 * np.asarray(report["histogram"][key]) / np.sum(report["histogram"][key])
-                      for label, key in (("generated", "model"), ("asked for", "asked"))}
-            _draw_bars(axes, shares, range(10))
-            axes.set(title="Digits drawn", xlabel="class, as the classifier reads it", ylabel="share (%)")
-        if axes := panels.get("manifold"):
-            measures = ("precision", "recall", "coverage")
-            _draw_bars(axes, {name: [row.get(measure, math.nan) for measure in measures]
-                              for name, row in report["manifold"].items()}, measures, "%.2f")
-            axes.set(title="Fidelity and variety", ylabel="share", yticks=np.linspace(0, 1, 6))
-        if axes := panels.get("neighbours"):
-            values = [np.asarray(report["neighbours"][key], float) for key in ("model", "test")]
-            labels = [*map("{} (median {:.3g})".format, ("generated", "test images"), map(np.median, values))]
-            axes.hist(values, 40, weights=[np.full(len(v), 100 / len(v)) for v in values], histtype="stepfilled",
-                      alpha=0.5, color=(BLUE, GREY), label=labels)
-            axes.margins(y=0.3)  # room for the legend
-            axes.set(title="Nearest training image", xlabel="distance", ylabel="share of images (%)")
-            axes.legend()
-        if axes := panels.get("by_timestep"):
+        axes = panels["distances"]
+        for key, label, colour, marker in (("other_writers", "test set (other writers)", GREY, "D"),
+                                           ("distances_over_floor", "generated", BLUE, "o")):
+            ratios, errors = np.array([*report[key].values()], float).T  # None becomes nan
+            axes.errorbar(ratios, [*report[key]], xerr=errors, fmt=marker, color=colour, capsize=2, label=label)
+        axes.axvline(1, label="real images", **LANDMARK)
+        axes.set(title="Distance to the training images", xlabel="times that of other real images", xscale="log",
+                 ylim=(len(ratios) - 0.4, -0.42 * len(ratios)))  # downwards, with room for the legend
+        axes.legend(loc="upper right")
+        axes, histogram = panels["digits"], report["histogram"]
+        _draw_bars(axes, {label: 100 * np.asarray(histogram[key]) / np.sum(histogram[key])
+                          for label, key in (("generated", "model"), ("asked for", "asked"))}, range(10))
+        axes.set(title="Digits drawn", xlabel="class, as the classifier reads it", ylabel="share (%)")
+        axes, measures = panels["manifold"], ("precision", "recall", "coverage")
+        _draw_bars(axes, {name: [row[measure] for measure in measures] for name, row in report["manifold"].items()},
+                   measures, "%.2f")
+        axes.set(title="Fidelity and variety", ylabel="share", yticks=np.linspace(0, 1, 6))
+        axes, values = panels["neighbours"], [np.asarray(report["neighbours"][key]) for key in ("model", "test")]
+        labels = [*map("{} (median {:.3g})".format, ("generated", "test images"), map(np.median, values))]
+        axes.hist(values, 40, weights=[np.full(len(v), 100 / len(v)) for v in values], histtype="stepfilled",
+                  alpha=0.5, color=(BLUE, GREY), label=labels)
+        axes.margins(y=0.3)  # room for the legend
+        axes.set(title="Nearest training image", xlabel="distance", ylabel="share of images (%)")
+        axes.legend()
+        if axes := panels.get("bits"):
             axes.loglog(report["by_timestep"]["t"], report["by_timestep"]["bits"], ".-", color=BLUE)
             axes.set(title="Where the bits go", xlabel="timestep t", ylabel="bits/dim of each timestep")
 
@@ -238,7 +213,7 @@ def save_comparison(path: Path, pairs: tuple[ArrayLike, ArrayLike], names: tuple
     page = _page([[heads, *tiles[start:start + columns]] for start in range(0, len(tiles), columns)], 8)
     rows = [row for row in rows if row[1] and np.isfinite(np.array(row[1:5], float)).all()]
     height = len(page) + (130 + 50 * len(rows) if rows else 0)
-    with _figure(path, max(1200, page.shape[1]), height, metadata) as figure:
+    with open_figure(path, max(1200, page.shape[1]), height, metadata) as figure:
         figure.figimage(np.dstack([page] * 3), 0, height - len(page))  # RGB, so that each grey level stays
         if rows:
             figure.get_layout_engine().set(rect=(0, 0, 1, 1 - len(page) / height))
@@ -250,7 +225,6 @@ def _draw_intervals(axes: Any, rows: Sequence[tuple[str, float, float, Any, Any,
     moves = 100 * np.array([((b - a) / abs(a), low / abs(a), high / abs(a)) for _, a, b, low, high, _ in rows])
     limit = 1.05 * min(np.abs(moves).max(), 4 * np.median(np.abs(moves).max(1))) or 1
     for (name, *_, verdict), (move, low, high) in zip(rows, moves, strict=True):
-        name = name.replace("$", r"\$")  # no formulas
         hue = {"better": GREEN, "worse": ORANGE}.get(verdict, GREY)
         axes.plot([low, move, high], [name] * 3, "o-", markevery=[1], color=hue, linewidth=3)
         for end in (low, high):
@@ -302,18 +276,18 @@ def _page(rows: Sequence[Sequence[np.ndarray] | np.ndarray], gap: int, paper: in
 
 
 def _draw_bars(axes: Any, rows: Mapping[str, ArrayLike], names: Sequence[Any], numbers: str = "") -> None:
-    """Bars in groups, one for each name: row name -> heights [names]; `numbers`: the format of a number above each."""
+    """Bars in groups, one for each name: up to 3 rows, name -> heights; `numbers`: the format of one above each bar."""
     for k, (label, heights) in enumerate(rows.items()):
         places = np.arange(len(names)) + 0.8 * ((k + 0.5) / len(rows) - 0.5)
-        bars = axes.bar(places, heights, 0.74 / len(rows), color=(BLUE, GREY, *COLOURS[1:])[k % 8], label=label)
-        axes.bar_label(bars, fmt=numbers, fontsize="small", padding=2, rotation=90 * (len(rows) > 3))
+        bars = axes.bar(places, heights, 0.74 / len(rows), color=(BLUE, GREY, ORANGE)[k], label=label)
+        axes.bar_label(bars, fmt=numbers, fontsize="small", padding=2)
     axes.set_xticks(range(len(names)), names)
     axes.margins(y=0.35)  # room for the legend
     axes.legend(ncols=3, loc="upper center")
 
 
 @contextmanager
-def _figure(path: Path, width: int, height: int, metadata: Mapping[str, str]) -> Iterator[Any]:
+def open_figure(path: Path, width: int, height: int, metadata: Mapping[str, str]) -> Iterator[Any]:
     """A matplotlib figure (sizes in pixels) in the project's style, written to `path` when the block ends."""
     import matplotlib.figure
 

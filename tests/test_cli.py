@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 import config as configs
+import dataset
 from config import Config, UserError
 from run import main
 from tests.conftest import ROOT
@@ -227,3 +228,27 @@ def test_a_file_where_a_folder_should_be(own_folder: Path, idx_folder: Path, cap
     (own_folder / "checkpoints").write_text("")
     assert main(["--dataset", "idx", "--data-dir", str(idx_folder)]) == 2
     assert "checkpoints" in one_line(capsys.readouterr().err)
+
+
+def test_what_ships_draws_from_any_folder_for_a_name_without_a_run(own_folder: Path, capsys) -> None:
+    assert main(["--mode", "sample", "--name", "nobody", "--num-images", "1", "--steps", "1", "--device", "cpu"]) == 0
+    output = capsys.readouterr().out
+    assert "no checkpoint of your own in checkpoints/nobody" in output and "results/nobody/sample.png" in output
+    assert str(ROOT / "checkpoints/pretrained.safetensors") in output
+
+
+def test_mnist_is_looked_for_here_and_then_beside_the_code(own_folder: Path, monkeypatch) -> None:
+    code = own_folder / "code"
+    monkeypatch.setattr(dataset, "ROOT", code)
+
+    def put(root: Path) -> None:
+        (root / "mnist/MNIST/raw").mkdir(parents=True)
+        for name in dataset.MNIST_MD5:
+            (root / "mnist/MNIST/raw" / name).touch()
+
+    assert dataset.data_folder(Config()) == Path("dataset")  # where it would be downloaded to
+    put(code / "dataset")
+    assert dataset.data_folder(Config()) == code / "dataset"
+    put(Path("dataset"))
+    assert dataset.data_folder(Config()) == Path("dataset")
+    assert dataset.data_folder(Config(data_dir=Path("else"))) == Path("else")

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -14,6 +15,17 @@ from diffusion import NoiseSchedule, make_schedule, posterior
 
 def random(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
+
+
+def constant(error: float = 0.0, decoder_std: float = 1.0) -> likelihood.Uncertainty:
+    """The same for every pixel and at all noise levels; without an error, the variances are the posterior's."""
+    full = partial(torch.full, dtype=torch.float64)
+    return likelihood.Uncertainty(torch.tensor([1.0, 1000]).double(), full((2, 12), error), full((12,), decoder_std))
+
+
+def posterior_std(schedule: NoiseSchedule) -> float:
+    """Standard deviation of the posterior's step 2 -> 1; the last step, 1 -> 0, has none."""
+    return math.sqrt(posterior(schedule, torch.zeros(()), torch.zeros(()), 2, 1)[1])
 
 
 @pytest.mark.parametrize("std", [1e-7, 1e-4, 2e-3, 0.03, 1.0, 50.0])
@@ -45,7 +57,8 @@ def test_decoder_is_the_difference_of_normal_cdfs() -> None:
 def test_terms_of_gaussian_data_with_the_ideal_denoiser(name: str) -> None:
     schedule = make_schedule(DiffusionConfig(timesteps=100, schedule=name))
     x0 = torch.randn(128, 1, 28, 28, generator=random(1))
-    total, terms = likelihood.kl_terms(lambda x, t: schedule.alpha[t].item() * x, schedule, x0, 16, random(2))
+    total, terms = likelihood.kl_terms(lambda x, t: schedule.alpha[t].item() * x, schedule, x0, constant(), 16,
+                                       random(2))
     # The ideal denoiser's mean squared error is 1 - alpha_bar, so each term is known.
     snr, error = schedule.alpha_bar / (1 - schedule.alpha_bar), 1 - schedule.alpha_bar
     by_hand = sum(0.5 * (snr[t - 1] - snr[t]) * error[t] for t in range(2, 101)).item()
@@ -62,7 +75,8 @@ def test_sum_of_terms_is_unbiased() -> None:
     schedule, wrong = make_schedule(DiffusionConfig(timesteps=6)), {2: 0.5, 3: 0.1, 4: 0.7, 5: 0.2, 6: 0.9}
     x0 = torch.zeros(1, 1, 28, 28)
     exact = sum(0.5 * (schedule.snr[t - 1] - schedule.snr[t]) * 784 * wrong[t] ** 2 for t in wrong).item()
-    found, terms = likelihood.kl_terms(lambda x, t: torch.full_like(x, wrong[t]), schedule, x0, 5000, random())
+    found, terms = likelihood.kl_terms(lambda x, t: torch.full_like(x, wrong[t]), schedule, x0, constant(), 5000,
+                                       random())
     assert found.item() == pytest.approx(exact, rel=1e-3)
     assert terms.keys() == wrong.keys()
     proposal = likelihood.timestep_proposal(schedule)
@@ -78,19 +92,18 @@ def test_bound_of_one_image_that_is_known() -> None:
         calls.append((len(x), type(t)))
         return known.expand_as(x)
 
-    found = likelihood.bits_per_dim(denoise, schedule, images, strata=3, batch=4)
-    assert set(calls) == {(4, int)} and len(calls) == 2 * 4  # the last batch is padded
+    std = posterior_std(schedule)
+    found = likelihood.bits_per_dim(denoise, schedule, images, constant(decoder_std=std), strata=3, batch=4)
+    assert calls == [(4, int)] * 4 + [(3, int)] * 4
     assert found.L_kl == pytest.approx(0, abs=1e-9) and found.L_T == pytest.approx(0, abs=1e-5)
     inner = (images[0] > 0) & (images[0] < 255)
-    width = 1 / 255 / found.decoder_std / math.sqrt(2)
+    width = 1 / 255 / std / math.sqrt(2)
     bits = torch.where(inner, -math.log2(math.erf(width)), -math.log2(0.5 + 0.5 * math.erf(width)))
-    assert found.L_0 == pytest.approx(bits.mean().item(), rel=1e-5)
+    assert found.L_0 == pytest.approx(bits.mean().item(), rel=1e-5) and found.decoder_std == [std] * 12
     assert found.bits_per_dim == pytest.approx(found.L_T + found.L_kl + found.L_0)
-    bar = schedule.alpha_bar
-    variance = (1 - bar[1]) / (1 - bar[2]) * (1 - bar[2] / bar[1])  # 2006.11239, eq. 7 at t = 2
-    assert found.decoder_std == pytest.approx(variance.sqrt().item())
-    sharp = likelihood.bits_per_dim(denoise, schedule, images, strata=3, batch=4, decoder_std=1e-4)
-    assert sharp.L_0 == pytest.approx(0, abs=1e-9)
+    assert found.standard_error == pytest.approx(0, abs=1e-9)
+    sharp = likelihood.bits_per_dim(denoise, schedule, images, constant(decoder_std=1e-4), strata=3)
+    assert sharp.L_0 == pytest.approx(0, abs=1e-9) and math.isnan(sharp.standard_error)  # of a single batch
 
 
 def shrinking(schedule: NoiseSchedule):  # type: ignore[no-untyped-def]
@@ -100,13 +113,14 @@ def shrinking(schedule: NoiseSchedule):  # type: ignore[no-untyped-def]
 
 def test_standard_error_is_the_scatter_of_repeated_estimates() -> None:
     schedule = make_schedule(DiffusionConfig(timesteps=200))
-    runs = [likelihood.bits_per_dim(shrinking(schedule), schedule, strata=4, batch=5, seed=seed, images=torch.randint(
-        0, 256, (40, 1, 28, 28), generator=random(seed), dtype=torch.uint8)) for seed in range(16)]
+    plain = constant(decoder_std=posterior_std(schedule))
+    runs = [likelihood.bits_per_dim(shrinking(schedule), schedule, torch.randint(
+        0, 256, (40, 1, 28, 28), generator=random(seed), dtype=torch.uint8), plain, 4, 5, seed) for seed in range(16)]
     scatter = torch.tensor([run.bits_per_dim for run in runs]).std().item()
     claimed = sum(run.standard_error for run in runs) / len(runs)
     assert 0.5 < claimed / scatter < 2
     images = torch.randint(0, 256, (25, 1, 28, 28), generator=random(0), dtype=torch.uint8)
-    once, again = (likelihood.bits_per_dim(shrinking(schedule), schedule, images, batch=10) for _ in range(2))
+    once, again = (likelihood.bits_per_dim(shrinking(schedule), schedule, images, plain, batch=10) for _ in range(2))
     assert once == again  # a function of the seed
 
 
@@ -116,8 +130,8 @@ def test_calibrated_decoder_is_the_best_one() -> None:
     found = likelihood.calibrate(shrinking(schedule), schedule, images, batch=20)
     # x1 has noise of sigma = 0.01, and the linear denoiser leaves nearly all of it in.
     assert found.decoder_std.tolist() == pytest.approx([0.01] * 12, rel=0.1)
-    cost = [likelihood.bits_per_dim(shrinking(schedule), schedule, images, 1, 20, uncertainty=replace(
-        found, decoder_std=factor * found.decoder_std)).L_0 for factor in (0.8, 1, 1.25)]
+    cost = [likelihood.bits_per_dim(shrinking(schedule), schedule, images, replace(
+        found, decoder_std=factor * found.decoder_std), 1, 20).L_0 for factor in (0.8, 1, 1.25)]
     assert cost[1] < min(cost[0], cost[2])
 
 
@@ -148,11 +162,8 @@ def test_the_best_variance_of_the_reverse_process() -> None:
         return torch.full_like(x, error)
 
     def terms(variance: float) -> dict[int, float]:
-        knots = torch.tensor([1.0, 6.0], dtype=torch.float64)
-        relative = torch.full((2, 12), variance, dtype=torch.float64)
-        found = likelihood.Uncertainty(knots, relative, torch.ones(12, dtype=torch.float64))
-        return {t: term.item() / 4
-                for t, term in likelihood.kl_terms(denoise, schedule, x0, 300, random(), found)[1].items()}
+        _, found = likelihood.kl_terms(denoise, schedule, x0, constant(variance), 300, random())
+        return {t: term.item() / 4 for t, term in found.items()}
 
     for t, term in terms(0.3).items():
         mean_q, var = posterior(schedule, torch.zeros(1), torch.ones(1), t, t - 1)
@@ -166,8 +177,8 @@ def test_the_best_variance_of_the_reverse_process() -> None:
         best = error**2 / (1 - schedule.alpha_bar[t].item())
         costs = [terms(factor * best)[t] for factor in (0, 0.8, 1, 1.25)]
         assert costs[2] == min(costs) and costs[2] < costs[0]
-    plain = likelihood.kl_terms(denoise, schedule, x0, 300, random())[1]
-    assert {t: term.item() / 4 for t, term in plain.items()} == pytest.approx(terms(0))
+    plain = {t: 0.5 * (schedule.snr[t - 1] - schedule.snr[t]).item() * error**2 for t in range(2, 7)}
+    assert terms(0) == pytest.approx(plain)  # with the posterior's variances
 
 
 def test_what_a_pixel_is_worth_follows_from_its_prediction_alone() -> None:
@@ -181,8 +192,7 @@ def test_what_a_pixel_is_worth_follows_from_its_prediction_alone() -> None:
     table = torch.arange(1.0, 13.0, dtype=torch.float64)
     known = likelihood.Uncertainty(torch.tensor([1.0, 3.0], dtype=torch.float64), torch.stack([table, table]) / 4,
                                    table / 10)
-    found = likelihood.bits_per_dim(lambda x, t: guess.expand_as(x), schedule, images, strata=200, batch=2,
-                                    uncertainty=known)
+    found = likelihood.bits_per_dim(lambda x, t: guess.expand_as(x), schedule, images, known, strata=200, batch=2)
 
     x0, bits = (images[0, 0].double() / 127.5 - 1), math.log(2) * 4
     error, expected = (x0 - guess.double()).square(), 0.0
@@ -205,13 +215,13 @@ def test_the_bound_is_never_below_the_entropy() -> None:
         return torch.tanh(schedule.alpha[t].item() * x / (1 - schedule.alpha_bar[t].item()))
 
     known = likelihood.calibrate(denoise, schedule, images[:20], batch=20)
-    bound = likelihood.bits_per_dim(denoise, schedule, images[20:], strata=40, batch=20, uncertainty=known)
+    bound = likelihood.bits_per_dim(denoise, schedule, images[20:], known, strata=40, batch=20)
     assert 1 - 3 * bound.standard_error < bound.bits_per_dim < 1.05
 
 
 @pytest.mark.parametrize("name, bits", [("linear", 0.657), ("cosine", 0.400)])
 def test_l0_of_the_published_schedules_on_the_levels_of_mnist(name: str, bits: float) -> None:
-    std = likelihood.default_decoder_std(make_schedule(DiffusionConfig(timesteps=1000, schedule=name)))
+    std = posterior_std(make_schedule(DiffusionConfig(timesteps=1000, schedule=name)))
     levels = torch.cat([torch.zeros(8091), torch.full((55,), 255), torch.full((1854,), 130)]).byte()  # in 10,000 pixels
     found = -likelihood.discretised_log_likelihood(levels, levels.float() / 127.5 - 1, std).mean().item() / math.log(2)
     assert found == pytest.approx(bits, abs=1e-3)

@@ -129,7 +129,7 @@ def test_moments_add_up_by_class_and_block_and_take_any_shares() -> None:
     parts = metrics.class_moments(x, labels, block)
     assert parts.first.shape == (6, 10, 5) and parts.second.shape == (6, 10, 5, 5)
     everything = parts.sum()
-    without = everything - metrics.class_moments(x[200:300], labels[200:300]).sum()
+    without = everything - metrics.class_moments(x[200:300], labels[200:300], 0 * block[200:300]).sum()
     for found, chosen in ((everything, torch.ones(600).bool()), (without, block != 2)):
         mean, covariance = found.of(torch.tensor([3, 1]))
         for place, k in enumerate((3, 1)):
@@ -142,7 +142,7 @@ def test_moments_add_up_by_class_and_block_and_take_any_shares() -> None:
     # Shares of 2 to 1 are what class 0 twice and class 1 once would be, were they equally many.
     two = torch.cat([x[labels == 0][:100], x[labels == 1][:100]])
     shares = torch.tensor([2, 1] + 8 * [0]).double()
-    mean, _ = metrics.class_moments(two, torch.arange(200) // 100).sum().together(shares)
+    mean, _ = metrics.class_moments(two, torch.arange(200) // 100, torch.zeros(200).long()).sum().together(shares)
     torch.testing.assert_close(mean, torch.cat([two[:100], two[:100], two[100:]]).double().mean(0))
 
 
@@ -175,20 +175,19 @@ def test_texture_filters_are_orthonormal_and_blind_to_brightness() -> None:
     assert flat.shape == (1, 32) and flat.abs().max() < 1e-3
 
 
-def test_zero_share() -> None:
-    images = torch.ones(2, 1, 28, 28, dtype=torch.uint8)
-    images[0, 0, :7] = 0
-    assert metrics.zero_share(images) == 1 / 8
-
-
 # Precision, recall, coverage
+
+
+def overlap(real: Tensor, fake: Tensor, k: int = 5, block: int = 1000) -> metrics.Overlap:
+    real_radius, fake_radius = (metrics.radius(points, k, block) for points in (real, fake))
+    return metrics.precision_recall_coverage(real, fake, real_radius, fake_radius, block)
 
 
 def test_overlap_of_points_on_a_line() -> None:
     real, fake = torch.tensor([[0.0], [1.0], [2.0], [3.0]]), torch.tensor([[0.5], [100.0], [101.0]])
-    found = metrics.precision_recall_coverage(real, fake, k=1)
+    found = overlap(real, fake, k=1)
     # Every real ball has radius 1; the fake ones reach 99.5, 1 and 1. The fake at 0.5 lies in the balls of 0 and 1.
-    assert found == pytest.approx((1 / 3, 1, 2 / 3, 2 / 4))
+    assert found == pytest.approx((1 / 3, 1, 2 / 4))
 
 
 def test_overlap_against_plain_loops() -> None:
@@ -201,19 +200,15 @@ def test_overlap_against_plain_loops() -> None:
 
     inside = [[(x - y).norm().item() <= r for x, r in zip(real, radius(real))] for y in fake]  # [fake][real]
     around = [[(x - y).norm().item() <= r for y, r in zip(fake, radius(fake))] for x in real]  # [real][fake]
-    expected = (np.mean([any(row) for row in inside]), np.mean([any(row) for row in around]),
-                np.sum(inside) / (k * len(fake)), np.mean([any(column) for column in zip(*inside)]))
-    found = metrics.precision_recall_coverage(real, fake, k=k, block=16)
+    expected = [np.mean([any(row) for row in rows]) for rows in (inside, around, zip(*inside))]
+    found = overlap(real, fake, k, block=16)
     assert found == pytest.approx(expected) and 0.1 < found.precision < 1
 
 
 def test_overlap_of_same_and_of_distant_sets() -> None:
     points = torch.randn(300, 8, generator=random(3))
-    same = metrics.precision_recall_coverage(points, points)
-    assert same.precision == same.recall == same.coverage == 1
-    assert metrics.precision_recall_coverage(points, points + 1000) == (0, 0, 0, 0)
-    with pytest.raises(UserError, match="more than 5"):
-        metrics.precision_recall_coverage(points[:5], points)
+    assert overlap(points, points) == (1, 1, 1)
+    assert overlap(points, points + 1000) == (0, 0, 0)
 
 
 # Memorisation
