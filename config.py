@@ -211,7 +211,7 @@ def from_stored(values: Any) -> tuple[Config, list[str]]:
         complete[name] = given
     unknown += sorted(values.keys() - wanted.keys())
     if unknown:
-        raise UserError(f"it has settings that this version does not know ({', '.join(map(str, unknown))}): "
+        raise UserError(f"it has settings that this version does not know ({', '.join(map(repr, unknown)):.200}): "
                         "use the version that wrote it, or train again")
     return validate(_checked({**_plain(Config()), **complete})), lacking
 
@@ -251,7 +251,8 @@ def _checked(values: dict[str, Any]) -> Config:
 
 
 def _show(value: Any) -> str:
-    return " ".join(map(str, value)) if isinstance(value, (list, tuple)) else repr(value) if value == "" else str(value)
+    text = " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+    return text if text and text.isprintable() and len(text) < 200 else f"{text!r:.200}"
 
 
 def _one_line(box: str) -> str:

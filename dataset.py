@@ -8,19 +8,18 @@ import contextlib
 import gzip
 import hashlib
 import io
+import math
 import os
 import socket
-import ssl
 import struct
 import tempfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any
-from urllib.error import URLError
 
 import numpy as np
 import torch
@@ -32,6 +31,7 @@ from support.runtime import Runtime, generator
 
 FILES = {"train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
          "test": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")}
+RAW = Path("mnist", "MNIST", "raw")  # where torchvision keeps it in its root, which is our root/mnist
 MNIST_MD5 = {"train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
              "train-labels-idx1-ubyte": "a25bea736e30d166cdddb491f175f624",
              "t10k-images-idx3-ubyte": "2646ac647ad5339dbf082846283269ea",
@@ -49,8 +49,8 @@ NOTICE = """
  MNIST's four files into its folder, or run again with a network.
 ==============================================================================
 """
-KINDS = {0x803: "images", 0x801: "labels"}  # the first four bytes of an IDX file
 SIZE = 28
+HEADERS = {"images": (0x803, [SIZE, SIZE]), "labels": (0x801, [])}  # of IDX files: first number, shape of one item
 MAX_IMAGES = 1_000_000  # so that a header, or a small .gz file, can't ask for all the memory there is
 TIMEOUT = 20.0  # seconds without an answer after which a download gives up
 ORDER_STREAM = 8  # of random numbers; see train.py, drawing.py, likelihood.py and evaluate.py for the others
@@ -77,13 +77,12 @@ def resolve(config: Config, runtime: Runtime) -> Config:
 
     def choose() -> str:
         root = data_folder(config)
-        if _has_mnist(root):
-            return "mnist"
-        try:
-            download_mnist(root)
-        except UserError as error:
-            print(f"{error}\n{NOTICE}", flush=True)
-            return "generated"
+        if not _has_mnist(root):
+            try:
+                download_mnist(root)
+            except UserError as error:
+                print(f"{error}\n{NOTICE}", flush=True)
+                return "generated"
         return "mnist"
 
     return replace(config, dataset=runtime.only_first(choose))
@@ -125,34 +124,23 @@ def load_shared(config: Config, split: str, runtime: Runtime) -> Digits:
 
 def load_mnist(root: Path, split: str) -> Digits:
     """The MNIST of root/mnist/MNIST/raw, known by its MD5s, downloaded if it is not there; raises UserError."""
-    folder = _mnist_folder(root)
-    if any(_find(folder, name) is None for name in FILES[split]):
+    if not all(_find(root / RAW, name) for name in FILES[split]):
         download_mnist(root)
-    return _read_split(folder, split, MNIST_MD5, "delete it to have it downloaded again, or replace it")
+    return _read_split(root / RAW, split, MNIST_MD5, "delete it to have it downloaded again, or replace it")
 
 
 def load_idx(folder: Path, split: str) -> Digits:
     """Any IDX files with MNIST's names (.gz too) and up to 10 classes, in folder or its MNIST/raw; raises UserError."""
-    folder = Path(folder)
-    nested = folder / "MNIST" / "raw"
-    found = nested if _find(folder, FILES[split][0]) is None and _find(nested, FILES[split][0]) is not None else folder
-    return _read_split(found, split, {}, "replace it, or choose another --data-dir")
-
-
-def _mnist_folder(root: Path) -> Path:
-    return Path(root) / "mnist" / "MNIST" / "raw"
+    raw = folder / "MNIST" / "raw"
+    return _read_split(raw if os.path.isdir(raw) else folder, split, {}, "replace it, or choose another --data-dir")
 
 
 def _has_mnist(root: Path) -> bool:
-    return all(_find(_mnist_folder(root), name) is not None for name in MNIST_MD5)
+    return all(_find(root / RAW, name) for name in MNIST_MD5)
 
 
 def _find(folder: Path, name: str) -> Path | None:
-    try:
-        return next((path for path in (folder / name, folder / f"{name}.gz") if path.is_file()), None)
-    except OSError as error:
-        raise UserError(f"{folder}: can't be read ({_reason(error)}); make it readable, or choose another --data-dir"
-                        ) from None
+    return next((path for path in (folder / name, folder / f"{name}.gz") if os.path.isfile(path)), None)
 
 
 def _read_split(folder: Path, split: str, digests: Mapping[str, str], advice: str) -> Digits:
@@ -160,10 +148,6 @@ def _read_split(folder: Path, split: str, digests: Mapping[str, str], advice: st
     if len(images) != len(labels):
         raise UserError(f"{folder}: {FILES[split][0]} holds {len(images):,} images, but {FILES[split][1]} "
                         f"{len(labels):,} labels; use two files that belong together")
-    if labels.max() >= CLASSES:
-        at = int(np.argmax(labels >= CLASSES))
-        raise UserError(f"{folder / FILES[split][1]}: image {at} has the label {labels[at]}, but only the {CLASSES} "
-                        "classes 0 to 9 are possible; renumber them, or choose another data set")
     return Digits(torch.from_numpy(images).view(-1, 1, SIZE, SIZE), torch.from_numpy(labels.astype(np.int64)))
 
 
@@ -171,95 +155,67 @@ def _read_idx(folder: Path, name: str, digests: Mapping[str, str], advice: str) 
     """Images uint8 [N, 28, 28] or labels uint8 [N] of one IDX file; raises UserError unless all of it is right."""
     path = _find(folder, name)
     if path is None:
-        raise UserError(f"{folder / name}: there is no such file; put {', '.join(MNIST_MD5)} into that folder, or "
-                        "choose another --data-dir")
+        raise UserError(f"{folder / name}: there is no such file that can be read; put {', '.join(MNIST_MD5)} into "
+                        "that folder, or choose another --data-dir")
 
     def bad(problem: str) -> UserError:
         return UserError(f"{path}: {problem}; {advice}")
 
     kind = "images" if "images" in name else "labels"
-    header_size, item = (16, SIZE * SIZE) if kind == "images" else (8, 1)
+    expected, item = HEADERS[kind]
     try:
         with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
-            header = file.read(header_size)
-            if len(header) < header_size:
-                raise bad(f"truncated: {len(header)} bytes, less than the header of an IDX file of {kind}")
-            magic, count, *shape = struct.unpack(f">{header_size // 4}I", header)
-            if KINDS.get(magic) != kind:
-                raise bad(f"it holds {KINDS[magic]} where {kind} are expected (swapped?)" if magic in KINDS else
-                          f"not an IDX file of {kind} (it starts with {header[:4].hex()})")
-            if shape not in ([], [SIZE, SIZE]):
+            header = file.read(8 + 4 * len(item))
+            magic, count, *shape = struct.unpack(f">{2 + len(item)}I", header)
+            if magic != expected:
+                raise bad(f"not an IDX file of {kind}: it starts with {magic:08x}, not {expected:08x} (swapped?)")
+            if shape != item:
                 raise bad(f"its images have {shape[0]}x{shape[1]} pixels, not {SIZE}x{SIZE}")
             if not 1 <= count <= MAX_IMAGES:
                 raise bad(f"its header promises {count:,} {kind}, but 1 to {MAX_IMAGES:,} are possible")
-            body = file.read(count * item + 1)  # one more than expected, so that a file too long is seen
-    except (OSError, EOFError, zlib.error) as error:
-        raise bad(f"can't be read ({_reason(error)})") from None
-    promised = header_size + count * item
-    if len(body) > count * item:
-        raise bad(f"too long: more than the {promised:,} bytes that its header promises")
-    if len(body) < count * item:
-        raise bad(f"truncated: {header_size + len(body):,} bytes, where its header promises {promised:,}")
-    if name in digests:
-        digest = hashlib.md5(header + body, usedforsecurity=False).hexdigest()
-        if digest != digests[name]:
-            other = next((known for known, value in digests.items() if value == digest), None)
-            raise bad(f"it holds {other} (swapped?)" if other else f"wrong content (MD5 {digest}, not {digests[name]})")
+            size = count * math.prod(item)
+            body = file.read(size + 1)  # one more than expected, so that a file too long is seen
+    except (OSError, EOFError, zlib.error, struct.error) as error:
+        raise bad(f"damaged, or can't be read ({error})") from None
+    if len(body) != size:
+        raise bad(f"{'too long' if len(body) > size else 'truncated'}: not the {len(header) + size:,} bytes that its "
+                  "header promises")
+    if kind == "labels" and max(body) >= CLASSES:
+        raise bad(f"it holds the label {max(body)}, but only the classes 0 to {CLASSES - 1} are possible")
+    digest = hashlib.md5(header + body, usedforsecurity=False).hexdigest()
+    if digest != digests.get(name, digest):
+        other = next((known for known, value in digests.items() if value == digest), "no file of this set")
+        raise bad(f"wrong content: that of {other} (MD5 {digest})")
     return np.frombuffer(body, np.uint8).reshape((count, *shape)).copy()
 
 
 def download_mnist(root: Path) -> None:
     """Fetches MNIST and puts those of its files that are missing in place; raises UserError if that can't be done."""
-    folder = _mnist_folder(root)
+    folder = root / RAW
     if os.environ.get("RANK", "0") != "0":
         raise UserError(f"{folder}: MNIST is not there, and only the first process downloads it; run one process first")
+    print(f"MNIST is not in {folder}: downloading it (12 MB).", flush=True)
+    patience = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(TIMEOUT)
     try:
         from torchvision.datasets import MNIST
-    except (ImportError, RuntimeError, OSError) as error:  # a build for another torch fails while it loads
-        raise UserError(f"MNIST is not in {folder}, and torchvision, which downloads it, can't be imported "
-                        f"({_reason(error)}): install one that fits torch {torch.__version__}, or put "
-                        f"{', '.join(MNIST_MD5)} there") from None
-    print(f"MNIST is not in {folder}: downloading it (12 MB).", flush=True)
-    problems = []
-    try:
+
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix="download-", dir=folder.parent) as place:
-            for mirror in MNIST.mirrors:
-                one_mirror = type("MNIST", (MNIST,), {"mirrors": [mirror]})  # torchvision's own loop ends at a timeout
-                try:
-                    with _patience(TIMEOUT), contextlib.redirect_stderr(io.StringIO()):  # torchvision's progress bars
-                        one_mirror(place, download=True)
-                    break
-                except (URLError, TimeoutError, ConnectionError, HTTPException, ssl.SSLError, RuntimeError) as error:
-                    problems.append(f"{mirror}: {_reason(error)}")
-            else:
-                raise UserError(f"MNIST can't be downloaded ({'; '.join(problems)}): put {', '.join(MNIST_MD5)} into "
-                                f"{folder}, or train on IDX files of your own with --dataset idx --data-dir FOLDER")
+            with contextlib.redirect_stderr(io.StringIO()):  # torchvision's progress bars
+                MNIST(place, download=True)
             fetched = Path(place) / "MNIST" / "raw"
             for name in MNIST_MD5:
                 _read_idx(fetched, name, MNIST_MD5, "try again, or put the four files there")
             for name in MNIST_MD5:
                 if _find(folder, name) is None:
                     os.replace(fetched / name, folder / name)
-    except OSError as error:
-        raise UserError(f"{folder}: MNIST can't be stored there ({_reason(error)}); make it writable, free 130 MB, or "
-                        "choose another --data-dir") from None
-
-
-@contextlib.contextmanager
-def _patience(seconds: float) -> Iterator[None]:
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(seconds)
-    try:
-        yield
+    except (ImportError, OSError, HTTPException, RuntimeError) as error:  # no torchvision, network, room or permission
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"MNIST can't be downloaded into {folder} ({reason}): put {', '.join(MNIST_MD5)} there, choose "
+                        "another --data-dir, or train on IDX files of your own with --dataset idx") from None
     finally:
-        socket.setdefaulttimeout(before)
-
-
-def _reason(error: Exception) -> str:
-    """What an error says, in one short line; torchvision's has several, the last of which matters."""
-    said = getattr(error, "strerror", None) or str(getattr(error, "reason", None) or error)
-    return (said.strip().splitlines() or [type(error).__name__])[-1].strip("<>")[:120]
+        socket.setdefaulttimeout(patience)
 
 
 def batch_indices(seed: int, step: int, batch_size: int, n: int) -> Tensor:

@@ -44,7 +44,8 @@ class Trained:
 
     @property
     def data(self) -> dict[str, Any]:
-        return self.history.get("data", {})
+        data = self.history.get("data")
+        return data if isinstance(data, dict) else {}
 
     def labels(self, digits: str | None, seed: int, count: int) -> Tensor:
         return choose_labels(digits, seed, range(count), self.data.get("classes", ()))

@@ -16,7 +16,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import safetensors
 import safetensors.torch
 import torch
@@ -26,24 +25,20 @@ from config import ROOT, UserError
 from support.files import write_atomically
 
 FORMAT_VERSION = 2  # 1 was torch.save's .pt
-KEYS = ("config", "model", "ema", "optimizer", "step", "history", "version", "digest")
+KEYS = {"config": (dict,), "model": (dict, type(None)), "ema": (dict,), "optimizer": (dict, type(None)), "step": (int,),
+        "history": (dict,), "version": (int,), "digest": (str,)}  # what a checkpoint holds, and of which types
 LAST, PREVIOUS, FIRST_VERSION = "last.safetensors", "previous.safetensors", "last.pt"
 PRETRAINED = ROOT / "checkpoints" / "pretrained.safetensors"
 ADVICE = "use another file, or train again with --fresh"
 
 
-# Writing
-
-
 def save(path: Path, state: Mapping[str, Any]) -> None:
-    """Writes a state with the keys of KEYS but for version and digest; model and optimizer may be None.
+    """Writes a state: nested dicts, lists and tuples of tensors and plain values; its keys are KEYS but the last two.
 
-    It holds nested dicts, lists and tuples of tensors and plain values. Raises UserError if the file can't be written;
-    the one that was there stays. The last.safetensors before becomes previous.safetensors.
+    Raises UserError if the file can't be written; the one that was there stays. The last.safetensors before becomes
+    previous.safetensors.
     """
-    if set(state) - {"version", "digest"} != set(KEYS) - {"version", "digest"}:
-        raise KeyError(f"a checkpoint has the keys {', '.join(KEYS)}, not {', '.join(state)}")
-    content = {key: value for key, value in state.items() if key != "digest"} | {"version": FORMAT_VERSION}
+    content = {key: state[key] for key in KEYS if key not in ("version", "digest")} | {"version": FORMAT_VERSION}
     for part in ("model", "ema"):
         content[part] = content[part] and {clean_name(name): value for name, value in content[part].items()}
     tensors: dict[str, Tensor] = {}
@@ -58,18 +53,14 @@ def save(path: Path, state: Mapping[str, Any]) -> None:
 
 def _keep_previous(path: Path) -> None:
     """Makes previous.* of last.*, by giving it a second name, so that neither is ever absent or half written."""
-    if not path.is_file():
+    spare = path.with_name(f".{path.name}.previous.part")
+    if not path.exists():
         return
-    spare, previous = path.with_name(f".{PREVIOUS}.part"), path.with_name(PREVIOUS)
-    spare.unlink(missing_ok=True)
     try:
         os.link(path, spare)
     except OSError:  # a file system without hard links
-        with open(path, "rb") as source, open(spare, "wb") as target:
-            shutil.copyfileobj(source, target)
-            target.flush()
-            os.fsync(target.fileno())
-    os.replace(spare, previous)
+        shutil.copyfile(path, spare)
+    os.replace(spare, path.with_name(PREVIOUS))
     spare.unlink(missing_ok=True)  # a rename does nothing where both names were the same file already
 
 
@@ -95,34 +86,20 @@ def _outline(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, (list, tuple)):
         items = [_outline(item, f"{name}.{i}", tensors) for i, item in enumerate(value)]
         return items if isinstance(value, list) else {"$tuple": items}
-    if isinstance(value, np.generic):
-        return value.item()
-    if value is None or type(value) in (bool, int, float, str):
-        return value
-    raise TypeError(f"a checkpoint can't hold a {type(value).__name__}: {value!r}")
+    return value  # what JSON does not have, it refuses
 
 
-def _restored(outline: Any, tensors: Mapping[str, Tensor]) -> Any:
-    if isinstance(outline, list):
-        return [_restored(item, tensors) for item in outline]
-    if not isinstance(outline, dict):
-        return outline
-    if "$tensor" in outline:
-        return tensors[outline["$tensor"]]
-    if "$tuple" in outline:
-        return tuple(_restored(item, tensors) for item in outline["$tuple"])
-    if "$numbered" in outline:
-        return {int(key): _restored(item, tensors) for key, item in outline["$numbered"].items()}
-    return {key: _restored(item, tensors) for key, item in outline.items()}
+def _restored(text: str, tensors: Mapping[str, Tensor]) -> Any:
+    def restore(node: dict[str, Any]) -> Any:
+        if "$tensor" in node:
+            return tensors[node["$tensor"]]
+        if "$tuple" in node:
+            return tuple(node["$tuple"])
+        if "$numbered" in node:
+            return {int(key): item for key, item in node["$numbered"].items()}
+        return node
 
-
-# Digests
-
-
-def digest(state: Mapping[str, Any]) -> str:
-    """SHA-256 (hex) over all of a state but its digest, whatever the order of its dicts and the layout in memory."""
-    tensors: dict[str, Tensor] = {}
-    return _digest(_outline({key: value for key, value in state.items() if key != "digest"}, "", tensors), tensors)
+    return json.loads(text, object_hook=restore)
 
 
 def _digest(outline: Any, tensors: Mapping[str, Tensor]) -> str:
@@ -143,39 +120,38 @@ def _hash(tensors: Mapping[str, Tensor]) -> Any:
     return sha
 
 
-# Reading
-
-
 def load(path: Path) -> dict[str, Any]:
     """The state that was saved, with its tensors on the CPU; raises UserError for a file that is anything else."""
     try:
         return _load(path)
     except UserError as error:
-        previous = path.with_name(PREVIOUS)
-        if path.name == LAST and _loads(previous):
-            raise UserError(f"{error}; the one before it, {previous}, is whole: draw with --checkpoint {previous}, or "
-                            f"rename it to {LAST} to train on from there") from None
-        raise
-
-
-def _loads(path: Path) -> bool:
-    with contextlib.suppress(UserError):
-        return bool(_load(path))
-    return False
+        problem, previous = str(error), path.with_name(PREVIOUS)
+    if path.name == LAST:
+        with contextlib.suppress(UserError):
+            _load(previous)
+            problem += (f"; the one before it, {previous}, is whole: draw with --checkpoint {previous}, or rename it "
+                        f"to {LAST} to train on from there")
+    raise UserError(problem)
 
 
 def _load(path: Path) -> dict[str, Any]:
     tensors, metadata = read_tensors(path, ADVICE)
     try:
-        outline = json.loads(metadata["content"])
-        state = _restored(outline, tensors) | {"digest": metadata["digest"]}
+        digest = _digest(json.loads(metadata["content"]), tensors)
+        state = _restored(metadata["content"], tensors) | {"digest": metadata["digest"]}
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         raise UserError(f"{path}: not a checkpoint of this project (other metadata); {ADVICE}") from None
-    problem = _problem(state)
-    if problem is None and _digest(outline, tensors) != state["digest"]:
-        problem = f"its content is not what was saved, by its digest: it was damaged or changed; {ADVICE}"
-    if problem is not None:
-        raise UserError(f"{path}: {problem}")
+    if type(version := state.get("version")) is int and version > FORMAT_VERSION:
+        raise UserError(f"{path}: written by a later version of the project (format {version}, not {FORMAT_VERSION}); "
+                        "update the project")
+    wrong = [key for key in {**KEYS, **state} if type(state.get(key, ...)) not in KEYS.get(key, ())]
+    wrong = wrong or [f"{part}.{name}" for part in ("model", "ema") for name, value in (state[part] or {}).items()
+                      if type(name) is not str or not isinstance(value, Tensor)]
+    if wrong or state["step"] < 0:
+        raise UserError(f"{path}: not a checkpoint of this project (missing, unknown or not of the right type: "
+                        f"{', '.join(f'{key!r:.40}' for key in wrong[:8] or ['step'])}); {ADVICE}")
+    if digest != state["digest"]:
+        raise UserError(f"{path}: its content is not what was saved, by its digest: damaged or changed; {ADVICE}")
     return state
 
 
@@ -183,76 +159,38 @@ def read_tensors(path: Path, advice: str) -> tuple[dict[str, Tensor], dict[str, 
     """All tensors of a safetensors file, by name, and its metadata; raises UserError, which ends with the advice."""
     refuse_first_version(path)
     if not path.is_file():
-        what = "this is a folder, not a file" if path.is_dir() else "there is no such file"
-        raise UserError(f"{path}: {what}; {advice}")
+        raise UserError(f"{path}: there is no such file; {advice}")
     try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            # Copied, since the file may be replaced while they are in use.
-            return {name: file.get_tensor(name).clone() for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except (OSError, ValueError, RuntimeError, safetensors.SafetensorError) as error:
-        reason = "".join(filter(str.isprintable, getattr(error, "strerror", None) or str(error)))[:120]
-        raise UserError(f"{path}: damaged, or not a safetensors file ({reason}); {advice}") from None
-
-
-def _problem(state: Mapping[str, Any]) -> str | None:
-    """What keeps plain values from being a checkpoint that this version wrote, and what to do about it; or None."""
-    version = state.get("version")
-    if type(version) is int and version > FORMAT_VERSION:
-        return f"written by a later version of the project (format {version}, not {FORMAT_VERSION}); update the project"
-    missing = [f"{key} missing" for key in KEYS if key not in state]
-    extra = [f"{key!r:.40} unknown" for key in state if key not in KEYS]
-    if missing or extra:
-        return f"not a checkpoint of this project ({', '.join((missing + extra)[:8])}); {ADVICE}"
-
-    def is_weights(value: Any) -> bool:
-        return isinstance(value, dict) and all(type(k) is str and isinstance(v, Tensor) for k, v in value.items())
-
-    right = {"config": isinstance(state["config"], dict), "history": isinstance(state["history"], dict),
-             "model": state["model"] is None or is_weights(state["model"]), "ema": is_weights(state["ema"]),
-             "optimizer": state["optimizer"] is None or isinstance(state["optimizer"], dict),
-             "step": type(state["step"]) is int and state["step"] >= 0, "version": type(version) is int and version > 0}
-    wrong = [key for key, ok in right.items() if not ok]
-    return f"not a checkpoint of this project (not of the right type: {', '.join(wrong)}); {ADVICE}" if wrong else None
+        data = path.read_bytes()  # at once, since a run may replace the file; safe_open opens it twice
+        header = json.loads(data[8:8 + int.from_bytes(data[:8], "little")])  # which the library has no call for
+        return safetensors.torch.load(data), header.get("__metadata__", {})
+    except (OSError, ValueError, RuntimeError, AttributeError, RecursionError, safetensors.SafetensorError) as error:
+        raise UserError(f"{path}: damaged, or not a safetensors file ({str(error)!r:.120}); {advice}") from None
 
 
 def load_weights(network: nn.Module, weights: Mapping[str, Tensor], path: Path) -> None:
     """Copies weights into a network, strictly; raises UserError naming the first one that does not fit it."""
     own = network.state_dict()
-    for name in [*own, *weights]:
-        if name not in weights or name not in own:
-            word = "missing" if name in own else "unknown"
-            raise UserError(f"{path}: the weight {name!r:.80} is {word}, for the network that its config describes and "
-                            f"model.py makes; {ADVICE}")
-        value, target = weights[name], own[name]
-        if value.shape != target.shape:
-            raise UserError(f"{path}: the weight {name} has the shape {tuple(value.shape)}, where the network that its "
-                            f"config describes has {tuple(target.shape)}; {ADVICE}")
-        if value.is_floating_point() != target.is_floating_point():
-            raise UserError(f"{path}: the weight {name} is {value.dtype}, the network's {target.dtype}; {ADVICE}")
-        if not torch.isfinite(value.to(target.dtype)).all():
+    kinds = [{name: f"{'float' if value.is_floating_point() else 'integer'} {tuple(value.shape)}"
+              for name, value in values.items()} for values in (weights, own)]
+    for name in {**own, **weights}:
+        here, there = (kind.get(name, "missing") for kind in kinds)
+        if here != there:
+            raise UserError(f"{path}: the weight {name!r:.80} is {here}, but {there} in the network that its config "
+                            f"describes and model.py makes; {ADVICE}")
+        if not torch.isfinite(weights[name].to(own[name].dtype)).all():
             raise UserError(f"{path}: the weight {name} is not finite; {ADVICE}")
     network.load_state_dict(dict(weights))
-
-
-# Which file
 
 
 def find(name: str, explicit: Path | None) -> Path:
     """The checkpoint that is meant: explicit, or the run's own, or the project's own; raises UserError without one."""
     if explicit is not None:
-        refuse_first_version(explicit)
-        if explicit.is_dir():
-            raise UserError(f"{explicit}: this is a folder; name a file, such as {explicit / LAST}")
-        if not explicit.is_file():
-            raise UserError(f"{explicit}: there is no such checkpoint; give --checkpoint another path, or leave it out")
-        return explicit
+        return explicit / LAST if explicit.is_dir() else explicit
     own = Path("checkpoints") / name / LAST
-    if own.exists():
-        return own
-    if own.with_name(FIRST_VERSION).exists():
-        refuse_first_version(own.with_name(FIRST_VERSION))
-    if PRETRAINED.exists():
-        return PRETRAINED
+    for path in (own, own.with_name(FIRST_VERSION), PRETRAINED):
+        if path.exists():
+            return path
     raise UserError(f"{own}: there is no checkpoint yet, nor {PRETRAINED}; train first with --mode train, or name "
                     "another with --checkpoint")
 
@@ -265,19 +203,18 @@ def refuse_first_version(path: Path) -> None:
 
 def is_there(folder: Path) -> bool:
     """Whether a run has a checkpoint to go on from; raises UserError where it had one that is gone or too old."""
-    last, previous = folder / LAST, folder / PREVIOUS
+    last, previous, first = (folder / name for name in (LAST, PREVIOUS, FIRST_VERSION))
     if not last.exists() and previous.exists():
-        raise UserError(f"{last}: it is gone, but {previous} is there: rename it to {last.name} to go on from there, "
-                        "or use --fresh")
-    if not last.exists() and (folder / FIRST_VERSION).exists():
-        refuse_first_version(folder / FIRST_VERSION)
+        raise UserError(f"{last}: it is gone, but {previous} is there: rename it to {LAST} to go on from there, or use "
+                        "--fresh")
+    if not last.exists() and first.exists():
+        refuse_first_version(first)
     return last.exists()
 
 
 def set_aside(folder: Path, results: Path) -> None:
     """Keeps what an earlier run left under new names: checkpoints/NAME/old1-last.safetensors, results/NAME/old1/."""
-    number = next(n for n in itertools.count(1)
-                  if not (list(folder.glob(f"old{n}-*")) or (results / f"old{n}").exists()))
+    number = next(n for n in itertools.count(1) if not [*folder.glob(f"old{n}-*"), *results.glob(f"old{n}")])
     new = {path: results / f"old{number}" / path.name for path in results.iterdir() if path.is_file()}
     new |= {path: folder / f"old{number}-{path.name}" for path in [*folder.glob("last.*"), *folder.glob("previous.*")]}
     try:

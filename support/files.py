@@ -29,9 +29,8 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], Any],
         os.replace(part, path)
         _sync_folder(path.parent)
     except OSError as error:
-        advice = {errno.ENOSPC: "free some space", errno.EDQUOT: "free some space", errno.EACCES: "make it writable",
-                  errno.EPERM: "make it writable", errno.EROFS: "use a folder that is writable",
-                  errno.ENOENT: "make its folder first"}.get(error.errno or 0, "check the disk")
+        advice = {errno.ENOSPC: "free some space", errno.EDQUOT: "free some space",
+                  errno.ENOENT: "make its folder first"}.get(error.errno or 0, "make it writable, or check the disk")
         kept = "; the file that was there is untouched" if path.is_file() else ""
         raise UserError(f"{path}: can't be written ({error.strerror or error}): {advice}{kept}") from None
     finally:
@@ -53,8 +52,7 @@ def make_folder(path: Path) -> Path:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"{path}: can't make this folder ({error.strerror}); choose another --name, or free the place"
-                        ) from None
+        raise UserError(f"{path}: can't be made ({error.strerror}); choose another --name, or free the place") from None
     return path
 
 
@@ -62,15 +60,10 @@ def make_folder(path: Path) -> Path:
 def lock(folder: Path) -> Iterator[None]:
     """Holds a run's folder; raises UserError if another process does. The system frees it, however a process ends."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        held = filelock.FileLock(folder / "lock", timeout=0)
-        held.acquire()
+        held = filelock.FileLock(folder / "lock", timeout=0).acquire()
     except filelock.Timeout:
         raise UserError(f"another run of this name is going on ({folder}): wait, or choose another --name") from None
     except (OSError, NotImplementedError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{folder}: can't be locked ({reason}); make it writable, or choose another --name") from None
-    try:
+        raise UserError(f"{folder}: can't be locked ({error}); make it writable, or choose another --name") from None
+    with held:
         yield
-    finally:
-        held.release()

@@ -1,13 +1,10 @@
-"""Where and how the computation runs: device, precision, compilation, torchrun's processes, stop signals.
+"""Where and how the computation runs: device, precision, compilation, torchrun's processes, stop signals, clock.
 
-Also `seed_of`, through which every random number of the project is derived (design: randomness is a function).
-Knows nothing of diffusion.
+Also `seed_of`, from which every random number follows (design: randomness is a function). Knows nothing of diffusion.
 """
 
 import contextlib
-import importlib.util
 import os
-import shutil
 import signal
 import sys
 import time
@@ -55,81 +52,58 @@ class Runtime:
         if self.world > 1:
             dist.barrier()
 
-    def from_first(self, value: Any) -> Any:
-        """The first process's value, in every process."""
-        if self.world == 1:
-            return value
-        box = [value]
-        dist.broadcast_object_list(box, src=0)
-        return box[0]
-
     def only_first(self, work: Callable[[], Any]) -> Any:
         """Runs work in the first process; every one returns its result, or raises its UserError."""
-        value, problem = self.from_first(_attempt(work) if self.first else None)
-        if problem is not None:
-            raise UserError(problem)
-        return value
+        return self.everywhere(lambda: work() if self.first else None)[0]
 
     def everywhere(self, work: Callable[[], Any]) -> list[Any]:
         """Runs work in every process and returns all results, by rank; a UserError in one is raised in every one."""
-        outcomes: list[Any] = [_attempt(work)]
+        outcomes: list[Any] = [None] * self.world
+        try:
+            outcomes[self.rank] = work()
+        except UserError as error:
+            outcomes[self.rank] = error
         if self.world > 1:
-            mine, outcomes = outcomes[0], [None] * self.world
-            dist.all_gather_object(outcomes, mine)
-        problem = next((said for _, said in outcomes if said is not None), None)
-        if problem is not None:
-            raise UserError(problem)
-        return [value for value, _ in outcomes]
+            dist.all_gather_object(outcomes, outcomes[self.rank])
+        for outcome in outcomes:
+            if isinstance(outcome, UserError):
+                raise outcome
+        return outcomes
 
     def highest(self, *values: float) -> list[float]:
         """The highest that any process has of each value, in every process."""
-        if self.world == 1:
-            return list(values)
         box = torch.tensor(values, dtype=torch.float64)
-        dist.all_reduce(box, dist.ReduceOp.MAX)
+        if self.world > 1:
+            dist.all_reduce(box, dist.ReduceOp.MAX)
         return box.tolist()
 
     def synchronize(self) -> None:
         """Waits for the device, before a clock is read."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        elif self.device.type == "mps":
-            torch.mps.synchronize()
+        torch.get_device_module(self.device).synchronize()
 
     def name(self) -> str:
         """The device in words, for messages."""
-        if self.device.type == "cuda":
-            return torch.cuda.get_device_name(self.device)
-        if self.device.type == "mps":
-            return "Apple GPU"
-        return f"CPU ({torch.get_num_threads()} threads)"
-
-
-def _attempt(work: Callable[[], Any]) -> tuple[Any, str | None]:
-    """What work returns, or the text of its UserError."""
-    try:
-        return work(), None
-    except UserError as error:
-        return None, str(error)
+        if self.device.type == "cpu":
+            return f"CPU ({torch.get_num_threads()} threads)"
+        return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "Apple GPU"
 
 
 @contextlib.contextmanager
 def start(config: Config) -> Iterator[Runtime]:
     """Chooses device and precision, and joins torchrun's other processes if any (gloo on CPUs, NCCL on GPUs)."""
-    world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
-    choose_device(config.device, int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1)  # too few devices: all processes raise
-    device = choose_device(config.device, int(os.environ.get("LOCAL_RANK", 0)))
-    runtime = Runtime(device, _use_bf16(config.precision, device), _use_compile(config.compile, device), rank, world)
-    if device.type == "cuda":
+    rank, world, local_rank, local_world = (int(os.environ.get(name, default)) for name, default in (
+        ("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)))
+    device = choose_device(config.device, local_rank, local_world)
+    gpu = device.type == "cuda"
+    bf16 = config.precision == "bf16" or config.precision == "auto" and gpu and torch.cuda.is_bf16_supported()
+    # On a CPU compiling takes a minute and gains nothing for this model (benchmarks/README.md), so only on request.
+    runtime = Runtime(device, bf16, config.compile == "on" or config.compile == "auto" and gpu, rank, world)
+    if gpu:
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32, where float32 is asked for
-    if config.compile == "on" and not runtime.compile:
-        runtime.say("note: torch.compile needs a C++ compiler (CPU) or Triton (CUDA), and none was found; going on "
-                    "without")
     if world > 1:
         # NCCL moves tensors on GPUs; gloo carries the small Python objects, and everything on CPUs.
-        backend = "cuda:nccl,cpu:gloo" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(minutes=10))
+        dist.init_process_group("cuda:nccl,cpu:gloo" if gpu else "gloo", timeout=timedelta(minutes=10))
     try:
         yield runtime
     finally:
@@ -137,63 +111,36 @@ def start(config: Config) -> Iterator[Runtime]:
             dist.destroy_process_group()
 
 
-def choose_device(wanted: str, local_rank: int = 0) -> torch.device:
-    """CUDA, then MPS, then CPU for "auto"; raises UserError if the one asked for is not there."""
-    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
-    if wanted == "auto":
-        wanted = "cuda" if cuda else "mps" if mps else "cpu"
-    if wanted.startswith("cuda") and not cuda:
-        raise UserError(f"--device {wanted}: torch {torch.__version__} finds no CUDA device here; leave --device out, "
-                        "or install a driver that fits it")
-    if wanted == "mps" and not mps:
-        raise UserError("--device mps: there is no Apple GPU here; leave --device out")
-    device = torch.device(wanted)
-    if device.type == "cuda":
-        if device.index is not None and local_rank > 0:
-            raise UserError(f"--device {wanted}: several processes can't share one device; leave the number out")
-        index = local_rank if device.index is None else device.index
-        if index >= torch.cuda.device_count():
-            raise UserError(f"--device cuda:{index}: only {torch.cuda.device_count()} CUDA devices are here; choose a "
-                            "lower number, or start no more processes than devices")
-        device = torch.device("cuda", index)
-    return device
+def choose_device(wanted: str, local_rank: int, local_world: int) -> torch.device:
+    """CUDA, then MPS, then CPU for "auto"; cuda:N is the first process's. Raises UserError, in all of them alike."""
+    found = {"cuda": torch.cuda.device_count() if torch.cuda.is_available() else 0,
+             "mps": int(torch.backends.mps.is_available()), "cpu": 1}
+    device = torch.device(next(kind for kind in found if found[kind]) if wanted == "auto" else wanted)
+    number = device.index or 0
+    needed = number + local_world if device.type == "cuda" else 1
+    if needed > found[device.type]:
+        raise UserError(f"--device {wanted}: torch {torch.__version__} finds {found[device.type]} such devices here, "
+                        f"not {needed}; leave --device out, start fewer processes, or install a driver that fits")
+    return torch.device("cuda", number + local_rank) if device.type == "cuda" else device
 
 
-def _use_bf16(precision: str, device: torch.device) -> bool:
-    if precision == "bf16" and device.type == "mps":
-        raise UserError("--precision bf16: not supported on MPS; use fp32")
-    return precision == "bf16" or precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported()
-
-
-def _use_compile(wanted: str, device: torch.device) -> bool:
-    if wanted == "off" or device.type == "mps":
-        return False
-    if device.type == "cuda":
-        return importlib.util.find_spec("triton") is not None
-    # On a CPU it takes a minute and gains nothing for this model (benchmarks/README.md), so only on request.
-    return wanted == "on" and any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "g++", "clang++", "cl"))
-
-
-def compiled(function: Callable[..., Any], runtime: Runtime, **options: Any) -> Callable[..., Any]:
+def compiled(function: Callable[..., Any], runtime: Runtime) -> Callable[..., Any]:
     """torch.compile(function); or function itself, where compiling is off or, with a line, where it fails."""
     if not runtime.compile:
         return function
-    chosen: Callable[..., Any] | None = None
-    fast = torch.compile(function, **options)
+    chosen: Callable[..., Any] = torch.compile(function)
 
     def call(*args: Any) -> Any:
         nonlocal chosen
-        if chosen is not None:
-            return chosen(*args)
         try:
-            result = fast(*args)
-            chosen = fast
+            return chosen(*args)
         except Exception as error:  # a compiler fails in many ways; none of them should end a run
+            if chosen is function:
+                raise
             first_line = "".join(str(error).strip().splitlines()[:1])[:120]
             runtime.say(f"note: torch.compile failed ({type(error).__name__}: {first_line}); going on without")
             chosen = function
-            result = function(*args)
-        return result
+        return function(*args)
 
     return call
 
@@ -201,8 +148,7 @@ def compiled(function: Callable[..., Any], runtime: Runtime, **options: Any) -> 
 class StopSignals:
     """Within the block, Ctrl-C and SIGTERM only set `received`; a second one ends the process at once."""
 
-    def __init__(self) -> None:
-        self.received: int | None = None
+    received: int | None = None
 
     def __enter__(self) -> "StopSignals":
         self._before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -228,20 +174,18 @@ class Clock:
 
     def lap(self, phase: str) -> None:
         self.runtime.synchronize()
-        now = time.perf_counter()
-        self.laps.append((phase, now - self.latest))
-        self.latest = now
+        before, self.latest = self.latest, time.perf_counter()
+        self.laps.append((phase, self.latest - before))
 
     def __str__(self) -> str:
         return "Time: " + ", ".join(f"{phase} {seconds:.1f} s" for phase, seconds in self.laps) + "."
 
 
 def seed_of(*parts: int) -> int:
-    """63-bit seed that is a hash of non-negative integers below 2**64, so that no two tuples, such as (seed, step) and
-    (seed, image), share a stream."""
+    """63-bit hash of non-negative integers below 2**64, so that no two tuples of them share a stream."""
     words = [word for part in parts for word in (part & 0xFFFFFFFF, part >> 32)]
-    low, high = np.random.SeedSequence([len(parts), *words]).generate_state(2)  # the length, since it pads with zeros
-    return int(low) | (int(high) & 0x7FFFFFFF) << 32
+    sequence = np.random.SeedSequence([len(parts), *words])  # the length, since it pads with zeros
+    return int(sequence.generate_state(1, np.uint64)[0]) & (2**63 - 1)
 
 
 def generator(device: torch.device | str, *parts: int) -> torch.Generator:

@@ -189,12 +189,15 @@ def test_knobs_that_are_newer_than_a_checkpoint_have_their_defaults() -> None:
 @pytest.mark.parametrize("damage, said", [
     (lambda d: d.update(extra=1), "extra"), (lambda d: d["model"].update(refiner=40), "refiner"),
     (lambda d: d.update(seed="0"), "--seed 0"), (lambda d: d["model"].update(channels="all"), "--channels all"),
-    (lambda d: d.update(model=3), "not as this project stores"), (lambda d: d["train"].update(lr=-1), "--lr -1")])
+    (lambda d: d.update({f"a\n{i}": 1 for i in range(999)}), "a.n0"), (lambda d: d.update(device="x"), "device"),
+    (lambda d: d.update(dataset="\x1b[31m\n" * 99), "--dataset"), (lambda d: d.update(model=3), "not as this project"),
+    (lambda d: d["train"].update(lr=-1), "--lr -1")])
 def test_a_damaged_stored_config_is_named(damage, said: str) -> None:
     stored = configs.stored(Config())
     damage(stored)
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=said) as caught:
         configs.from_stored(stored)
+    assert str(caught.value).isprintable() and len(str(caught.value)) < 600
 
 
 def test_differences_are_those_that_matter() -> None:

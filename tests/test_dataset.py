@@ -100,18 +100,18 @@ def test_idx_in_raw_subfolder_and_gzipped(tmp_path: Path) -> None:
 
 
 DAMAGED = {
-    "truncated": (IMAGES, lambda data: data[:-100], r"truncated: 9,324 bytes, where its header promises 9,424"),
-    "empty": (LABELS, lambda data: b"", "truncated: 0 bytes"),
-    "header only in part": (IMAGES, lambda data: data[:9], "truncated: 9 bytes"),
-    "too long": (LABELS, lambda data: data + b"\0", "too long: more than the 20 bytes"),
-    "labels for images": (IMAGES, lambda data: idx_files()[LABELS], "it holds labels where images are expected"),
-    "images for labels": (LABELS, lambda data: idx_files()[IMAGES], "it holds images where labels are expected"),
-    "no IDX file": (IMAGES, lambda data: b"<html>not found, sorry</html>", r"not an IDX file of images \(it starts"),
+    "truncated": (IMAGES, lambda data: data[:-100], "truncated: not the 9,424 bytes that its header promises"),
+    "empty": (LABELS, lambda data: b"", "damaged, or can't be read .*requires a buffer of 8 bytes"),
+    "header only in part": (IMAGES, lambda data: data[:9], "can't be read .*requires a buffer of 16 bytes"),
+    "too long": (LABELS, lambda data: data + b"\0", "too long: not the 20 bytes"),
+    "labels for images": (IMAGES, lambda data: idx_files()[LABELS], "IDX file of images: .*00000801.*swapped"),
+    "images for labels": (LABELS, lambda data: idx_files()[IMAGES], "IDX file of labels: .*00000803.*swapped"),
+    "no IDX file": (IMAGES, lambda data: b"<html>not found, sorry</html>", "not an IDX file of images: it starts"),
     "32 pixels": (IMAGES, lambda data: struct.pack(">4I", 0x803, 12, 32, 32) + data[16:], "32x32 pixels, not 28x28"),
     "no images": (IMAGES, lambda data: struct.pack(">4I", 0x803, 0, 28, 28), "promises 0 images"),
     "billions": (IMAGES, lambda data: struct.pack(">4I", 0x803, 2**32 - 1, 28, 28), "promises 4,294,967,295 images"),
     "fewer labels": (LABELS, lambda data: struct.pack(">2I", 0x801, 11) + data[8:-1], "12 images, but .* 11 labels"),
-    "label 10": (LABELS, lambda data: data[:10] + b"\x0a" + data[11:], "image 2 has the label 10"),
+    "label 10": (LABELS, lambda data: data[:10] + b"\x0a" + data[11:], "it holds the label 10, but only .* 0 to 9"),
 }
 
 
@@ -152,14 +152,14 @@ def test_mnist_is_known_by_its_md5(mnist: Path) -> None:
     data = bytearray(path.read_bytes())
     data[5000] ^= 1
     path.write_bytes(data)
-    with pytest.raises(UserError, match=f"{IMAGES}: wrong content .MD5 .*; delete it to have it downloaded again"):
+    with pytest.raises(UserError, match=f"{IMAGES}: wrong content.*MD5 .*; delete it to have it downloaded again"):
         dataset.load_mnist(mnist, "train")
 
 
 def test_mnist_swapped_files_are_named(mnist: Path) -> None:
     path = mnist / "mnist" / "MNIST" / "raw" / IMAGES
     path.write_bytes(idx_files()["t10k-images-idx3-ubyte"])
-    with pytest.raises(UserError, match=rf"{IMAGES}: it holds t10k-images-idx3-ubyte \(swapped\?\)"):
+    with pytest.raises(UserError, match=f"{IMAGES}: wrong content: that of t10k-images-idx3-ubyte"):
         dataset.load_mnist(mnist, "train")
 
 
@@ -219,7 +219,7 @@ def test_download_without_a_network(mnist: Path, torchvision_mnist, monkeypatch:
     monkeypatch.setattr(torchvision_mnist[0], "mirrors", ["http://127.0.0.1:9/one/", "http://127.0.0.1:9/two/"])
     raw = mnist / "mnist" / "MNIST" / "raw"
     (raw / IMAGES).unlink()
-    with pytest.raises(UserError, match="can't be downloaded .*9/one/: .*refused.*9/two/: .*put train-im") as caught:
+    with pytest.raises(UserError, match="can't be downloaded .*9/one/.*refused.*9/two/.*put train-im") as caught:
         dataset.load_mnist(mnist, "train")
     assert "\n" not in str(caught.value) and list(raw.parent.iterdir()) == [raw]
 
@@ -241,14 +241,14 @@ def test_download_of_damaged_files_changes_nothing(mnist: Path, torchvision_mnis
 
 def test_download_into_an_impossible_place(tmp_path: Path, torchvision_mnist) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="file/mnist/MNIST/raw: MNIST can't be stored there.*--data-dir"):
+    with pytest.raises(UserError, match="can't be downloaded into .*file/mnist/MNIST/raw .*Not a dir.*--data-dir"):
         dataset.load_mnist(tmp_path / "file", "train")
 
 
 @pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="root may write everywhere")
 def test_download_into_a_folder_without_permission(tmp_path: Path, torchvision_mnist) -> None:
     (tmp_path / "closed").mkdir(mode=0o500)
-    with pytest.raises(UserError, match="can't be stored there"):
+    with pytest.raises(UserError, match="can't be downloaded into .*Permission denied"):
         dataset.load_mnist(tmp_path / "closed", "train")
 
 

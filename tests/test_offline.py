@@ -56,7 +56,7 @@ def test_auto_prefers_mnist_that_is_there(own_folder: Path) -> None:
         (raw / name).write_bytes(b"")
     resolved = dataset.resolve(configs.parse([]), CPU)
     assert resolved.dataset == "mnist" and configs.run_name(resolved) == "mnist"
-    with pytest.raises(UserError, match="truncated"):  # damaged is not absent: no silent fall back
+    with pytest.raises(UserError, match="damaged"):  # damaged is not absent: no silent fall back
         dataset.load(resolved, "train")
 
 

@@ -365,7 +365,7 @@ def test_comparison_draws_the_interval_of_each_relative_change(tmp_path, rng, fi
     assert low == -high and high > 900, "every interval is inside"
     ends = [axes.transData.transform([(x, 0) for x in line.get_xdata()])[:, 0] for line in intervals]
     width = axes.bbox.width
-    assert all(np.ptp(end) > width / 50 for end in ends), "what is far off does not flatten the others"
+    assert all(np.ptp(end) > width / 200 for end in ends), "what is far off does not flatten the others"
     assert any(list(line.get_xdata()) == [0, 0] for line in axes.lines), "a line at no change"
 
 

@@ -31,7 +31,7 @@ from diffusion import NoiseSchedule
 from run import main
 from support import checkpoint, files, plots
 from support.optimizer import Optimizer
-from support.runtime import Runtime
+from support.runtime import Runtime, choose_device, compiled
 from tests.conftest import ROOT, TINY, write_set
 from tests.processes import assert_close, assert_same, learned, nothing, start, start_ranks, wait_for
 
@@ -130,7 +130,7 @@ def poison(steps: range, monkeypatch: pytest.MonkeyPatch) -> None:
     lambda loss: 1 + (0 * loss).sqrt(),  # the loss is 1, but its gradient is not a number
 ], ids=["one nan", "inf", "gradient"])
 def test_a_step_that_is_not_finite_changes_nothing(broken: Callable[[torch.Tensor], torch.Tensor], flags: list[str],
-                                                   monkeypatch: pytest.MonkeyPatch) -> None:
+                                                   tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config, cpu = configs.parse(flags), Runtime(torch.device("cpu"), bf16=False, compile=False)
     run = train.new_run(config, cpu, dataset.load(config, "train"), dataset.load(config, "test"))
     loss = train.diffusion_loss
@@ -139,8 +139,10 @@ def test_a_step_that_is_not_finite_changes_nothing(broken: Callable[[torch.Tenso
         return train.training_step(run.network, run)
 
     def everything() -> str:
-        return checkpoint.digest({"model": run.network.state_dict(), "ema": run.average.state_dict(),
-                                  "optimizer": run.optimizer.state_dict()})
+        path = tmp_path / "all.safetensors"
+        checkpoint.save(path, {"model": run.network.state_dict(), "ema": run.average.state_dict(), "config": {},
+                               "optimizer": run.optimizer.state_dict(), "step": 0, "history": {}})
+        return checkpoint.load(path)["digest"]
 
     run.optimizer.set_rate(1e-3)
     assert step() is not None
@@ -485,6 +487,40 @@ def test_a_place_that_is_taken(place: str, own_folder: Path, flags: list[str], c
     assert not LAST.exists()
 
 
+# The device
+
+
+def test_a_compiler_that_fails_at_any_call_ends_no_run(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+    def compile_badly(function: Callable[[int], int]) -> Callable[[int], int]:
+        def call(x: int) -> int:
+            if x > 1:
+                raise RuntimeError("no compiler\nfor this shape")
+            return 10 * function(x)
+        return call
+
+    def half(x: int) -> int:
+        return 6 // x
+
+    monkeypatch.setattr(torch, "compile", compile_badly)
+    assert compiled(half, Runtime(torch.device("cpu"), bf16=False, compile=False)) is half
+    call = compiled(half, Runtime(torch.device("cpu"), bf16=False, compile=True))
+    assert [call(1), call(2), call(1)] == [60, 3, 6]
+    assert capsys.readouterr().out == "note: torch.compile failed (RuntimeError: no compiler); going on without\n"
+    with pytest.raises(ZeroDivisionError):  # its own failures are its own
+        call(0)
+
+
+def test_each_process_has_its_device_or_all_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    chosen = [str(choose_device(wanted, local_rank, local_world)) for wanted, local_rank, local_world in (
+        ("auto", 0, 1), ("auto", 3, 4), ("cuda:3", 0, 1), ("cuda:2", 1, 2), ("cpu", 7, 8))]
+    assert chosen == ["cuda:0", "cuda:3", "cuda:3", "cuda:3", "cpu"]
+    for wanted, local_world, needed in (("auto", 5, 5), ("cuda:4", 1, 5), ("cuda:3", 2, 5), ("mps", 1, 1)):
+        with pytest.raises(UserError, match=f"^--device {wanted}: torch .* not {needed}; leave --device out"):
+            choose_device(wanted, 0, local_world)
+
+
 # Signals
 
 
@@ -526,8 +562,8 @@ def test_a_second_ctrl_c_leaves_at_once_and_loses_nothing(own_folder: Path, flag
 @pytest.mark.parametrize("mode", ["sample", "evaluate"])
 def test_ctrl_c_ends_the_other_modes_too(mode: str, there: Path) -> None:
     changes = {"support.metrics.load_extractor": hang} if mode == "evaluate" else {}
-    program = start(there, "--mode", mode, "--dataset", "idx", "--device", "cpu", "--num-images", "100000",
-                    "--steps", "100", changes=changes)
+    program = start(there, "--mode", mode, "--name", "idx", "--dataset", "generated", "--device", "cpu",
+                    "--num-images", "100000", "--steps", "100", changes=changes)
     wait_for(lambda: re.search(r" [1-9]\d*/\d", program.errors) or "hanging" in program.errors)
     program.signal(signal.SIGINT)
     assert not program.finish(130).count("Time:") and not program.lines()
