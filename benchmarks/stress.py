@@ -95,7 +95,8 @@ def survive_kills(place: Path, expected: Learned, kills: int = 20) -> str:
         assert_same(expected, learned(run.folder))
         assert not run.parts(), "a half-written checkpoint was left behind"
         shutil.rmtree(run.folder)
-    return f"{done} kills survived, {inside} of them inside a save, in {runs} run{'s' * (runs > 1)}: all bitwise the same"
+    many = f"{runs} run{'s' * (runs > 1)}"
+    return f"{done} kills survived, {inside} of them inside a save, in {many}: all bitwise the same"
 
 
 def stop(run: Run, number: int) -> tuple[int, str]:
