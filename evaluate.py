@@ -61,8 +61,10 @@ def run(config: Config, runtime: Runtime) -> None:
         paths = sweep(trained, orders[0], yardstick, folder, runtime)
         clock.lap("sweep")
     else:
-        likelihood = bound(trained, train, test, runtime) if config.evaluate.bound else None
-        clock.lap("bound")
+        likelihood = None
+        if config.evaluate.bound:
+            likelihood = bound(trained, train, test, runtime)
+            clock.lap("bound")
         paths = measure_all(trained, orders, yardstick, likelihood, folder, runtime, clock)
     for path in paths:
         runtime.say(f"  {path}")
