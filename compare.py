@@ -16,12 +16,13 @@ from torch import Tensor
 import config as configs
 import dataset
 import yardstick
-from config import RESERVED, Config, UserError
+from config import CLASSES, RESERVED, Config, UserError
 from drawing import Order, Trained, draw, guided, load_trained, origin
 from samplers import spaced_timesteps
 from support import checkpoint, plots
 from support.files import make_folder, write_atomically
 from support.runtime import Clock, Runtime, to_uint8
+from support.statistics import aligned
 from yardstick import HEADLINE, Row, Verdict, Yardstick
 
 SHOWN = 12  # pairs of digits in compare.png
@@ -85,7 +86,10 @@ def run(config: Config, runtime: Runtime) -> None:
 
 def load_side(text: str, config: Config, count: int, runtime: Runtime) -> Side:
     """A side such as `mine`, `mine,mine-s1`, `path/to/last.safetensors` or `pretrained --guidance 1.3`."""
-    names, *flags = shlex.split(text) or [""]
+    try:
+        names, *flags = shlex.split(text) or [""]
+    except ValueError as error:
+        raise UserError(f"--runs {text}: its quotes don't match ({error}); write such as \"mine --steps 25\"") from None
     own = configs.parse(flags, config)
     fixed = {field: getattr(config.sample, field) for field in ("num_images", "digits", "write", "checkpoint")}
     if replace(own, sample=config.sample) != config or replace(own.sample, **fixed) != own.sample:
@@ -98,6 +102,11 @@ def load_side(text: str, config: Config, count: int, runtime: Runtime) -> Side:
         spaced_timesteps(found.schedule.timesteps, options.steps)
         trained.append(found)
         orders.append(Order(options, config.seed, range(count), found.labels(options.digits, config.seed, count)))
+    if len({found.digest for found in trained}) < len(trained):
+        raise UserError(f"--runs '{text}': the same weights twice are not two trainings; name each run once")
+    if any(int(order.labels.max()) >= CLASSES for order in orders):
+        raise UserError(f"--runs '{text}': it draws without labels, and what decides is the distance within classes; "
+                        "leave out --digits none, and networks of --label-dropout 1")
     return Side(text, trained, orders)
 
 
@@ -135,8 +144,7 @@ def differences(a: Side, b: Side) -> list[str]:
     lines = [f"a: {a.name} ({effort(a)})", f"b: {b.name} ({effort(b)})",
              f"Settings in which they differ, a's and b's: {'; '.join(settings + drawing) or 'none'}."]
     if files:
-        unknown = "" if all(code) else " (not recorded for one of them)"
-        lines.append(f"Code in which they differ: {', '.join(files)}{unknown}.")
+        lines.append(f"Code in which they differ: {', '.join(files) if all(code) else 'not recorded for one of them'}.")
     for what, values in (("see as many images", images_seen(a, b)), ("train for as long", seconds(a, b))):
         if abs(values[1] / max(values[0], 1e-9) - 1) > ALIKE and one.digest != other.digest:
             lines.append(f"note: they did not {what}: b has {values[1] / max(values[0], 1e-9):.2f} times a's.")
@@ -167,7 +175,7 @@ def table(found: list[Verdict], floor: Row, count: int) -> str:
         name = f"{m.heading} (decides)" if m.key == HEADLINE else m.heading
         change = signed(show, verdict.b - verdict.a)
         lines.append([name, show(verdict.a), show(verdict.b), change, " to ".join(ends), real, verdict.word])
-    return yardstick.aligned(lines)
+    return aligned(lines)
 
 
 def signed(show: Any, value: float) -> str:
@@ -192,8 +200,9 @@ def conclusion(a: Side, b: Side, rows: list[list[Row]], found: list[Verdict]) ->
         return "\n".join(said)
     if min(len(a.trained), len(b.trained)) < yardstick.FEWEST_RUNS:
         said.append(f"With fewer than {yardstick.FEWEST_RUNS} trainings on a side, the spread between them is taken as "
-                    f"known, {spread}: measured once, over 8 trainings of the default for five minutes.")
-    said.append(f"So many trainings show differences of {yardstick.smallest_shown(rows[0], rows[1]):.0%} or more.")
+                    f"known, {spread}: measured once, over 8 trainings of the default, at 10,000 images.")
+    smallest = yardstick.smallest_shown(rows[0], rows[1])
+    said.append(f"So many trainings call observed differences of {smallest:.0%} or more.")
     return "\n".join(said)
 
 

@@ -201,10 +201,10 @@ def from_stored(values: Any) -> tuple[Config, list[str]]:
         raise UserError("its settings are not as this project stores them; use another file, or train again")
     unknown, lacking, complete = [], [], {}
     for name, default in wanted.items():
-        given = values.get(name, default)
+        given = values.get(name, {} if isinstance(default, dict) else default)
         if isinstance(default, dict):
             unknown += sorted(given.keys() - default.keys())
-            lacking += sorted(default.keys() - given.keys())
+            lacking += sorted(default.keys() - given.keys() - set(FREE))
             given = {**default, **given}
         elif name not in values:
             lacking.append(name)

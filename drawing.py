@@ -48,6 +48,7 @@ class Trained:
         return data if isinstance(data, dict) else {}
 
     def labels(self, digits: str | None, seed: int, count: int) -> Tensor:
+        digits = "none" if self.config.train.label_dropout == 1 else digits  # it never learned one
         return choose_labels(digits, seed, range(count), self.data.get("classes", ()))
 
 

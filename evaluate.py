@@ -23,8 +23,8 @@ from samplers import SAMPLERS, spaced_timesteps
 from support import plots
 from support.files import make_folder, write_atomically
 from support.runtime import Clock, Runtime, to_uint8
-from support.statistics import deviation, mean
-from yardstick import FEWEST, FEWEST_BLOCKS, MEASURES, Row, Yardstick, aligned, require_known
+from support.statistics import aligned, deviation, mean
+from yardstick import FEWEST, FEWEST_BLOCKS, MEASURES, Row, Yardstick, require_known
 
 SWEEP_STEPS = (5, 8, 10, 15, 25, 50)
 SWEEP_IMAGES = 2000
@@ -122,7 +122,7 @@ def table(rows: list[Row], yardstick: Yardstick, count: int) -> str:
 
     lines = [[f"N = {count:,}", *(m.heading for m in MEASURES)], ["model", *cells(average)]]
     if rows[0].errors:
-        lines.append(["  ± standard error", *cells(rows[0].errors)])
+        lines.append(["  ± standard error" + " of one" * (len(rows) > 1), *cells(rows[0].errors)])
     if len(rows) > 1:
         lines.append([f"  spread of {len(rows)} drawings", *cells({key: deviation([row.values[key] for row in rows])
                                                                    for key in average})])

@@ -7,7 +7,7 @@ no model can be expected to do better. A figure means something only beside its 
 import math
 from dataclasses import dataclass, field, fields
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -46,9 +46,8 @@ MEASURES = (
     Measure("nearest_pixels", "nn pixel", "{:.2f}", ""), Measure("nearest_features", "nn feat.", "{:.2f}", ""))
 OVERLAP = ("precision", "recall", "coverage")
 Sums = dict[str, Moments]  # of "features", "texture" and "shares", by class: all that adds up over images
-Gaussian = tuple[Tensor, Tensor]  # mean and covariance
 HEADLINE = "within"  # the one measure that decides a comparison
-# Standard deviation of the logarithm between 8 trainings of the default (five minutes of one thread; seeds 0 to 7).
+# Deviation of the logarithm between 8 trainings of the default (five minutes of one thread; 10,000 images each).
 SPREAD = {"within": 0.101, "frechet": 0.104, "texture": 0.242, "ink": 0.0092, "precision": 0.0058, "recall": 0.0064,
           "coverage": 0.0141, "sure": 0.0085, "asked": 0.0067, "zeros": 0.0027}
 
@@ -93,12 +92,13 @@ class Yardstick:
         labelled = int(labels.max()) < CLASSES
         self.labels = labels if labelled else choose_labels(None, 0, range(len(labels)), per_class.tolist())
         self.sets = floor_sets(self.train.labels, self.labels)
+        asked = torch.isin(self.test.labels, self.labels)
+        self.writers = Digits(self.test.images[asked], self.test.labels[asked])
         grey = self.train.images.double().mean((1, 2, 3))
         ink = torch.zeros(CLASSES, dtype=torch.float64).index_add(0, self.train.labels, grey)
         self.ink = ink / per_class.clamp(min=1)  # mean grey level of each class
         self.seen = self._see(self.train.images, self.train.labels)
         own, everything = [self._sums(self.seen[chosen]) for chosen in self.sets], self._sums(self.seen)
-        # What lies outside each of the floor's sets, by what is measured.
         self.references = [{key: (everything[key] - part[key]).sum() for key in part} for part in own]
 
     def measure(self, images: Tensor, asked: Tensor, overlap: bool = True, neighbours: bool = True) -> Row:
@@ -196,7 +196,7 @@ class Yardstick:
 
         The references are weighted to have the labels' class shares, so that no distance is due to those.
         """
-        def distance(ours: Gaussian, theirs: list[Gaussian]) -> Tensor:
+        def distance(ours: Any, theirs: list[Any]) -> Tensor:  # of means and covariances
             return torch.stack([metrics.frechet_from_moments(*ours, *real) for real in theirs]).mean(0)
 
         found = {name: distance(sums[key].together(), [reference[key].together(counts) for reference in references])
@@ -219,11 +219,11 @@ class Yardstick:
 
     @cached_property
     def test_seen(self) -> Seen:
-        return self._see(self.test.images, self.test.labels)
+        return self._see(self.writers.images, self.writers.labels)
 
     @cached_property
     def test_neighbours(self) -> dict[str, tuple[Tensor, Tensor]]:
-        return self._neighbours(self.test.images, self.test_seen)
+        return self._neighbours(self.writers.images, self.test_seen)
 
     def _neighbours(self, images: Tensor, seen: Seen) -> dict[str, tuple[Tensor, Tensor]]:
         """Distance to the nearest training image and its index, in intensities from 0 to 1, and in features."""
@@ -241,8 +241,10 @@ def floor_sets(real: Tensor, labels: Tensor) -> list[Tensor]:
     count = min(SETS, int((there[asked] // wanted[asked]).min()))
     if count < 2 or len(real) < 2 * len(labels):
         share = (there[asked] / wanted[asked]).min().item() * len(labels) / 2  # images of which two sets would do
+        most = int(min(share, len(real) / 2)) // BLOCK * BLOCK
+        advice = f"draw at most {most}" if most >= FEWEST else "no number of images works for these"
         raise UserError(f"--num-images {len(labels)}: too few real images for a floor, two disjoint sets of as many "
-                        f"with the same labels; draw at most {int(min(share, len(real) / 2)) // BLOCK * BLOCK}")
+                        f"with the same labels; {advice}")
     sets = [torch.empty_like(labels) for _ in range(count)]
     for k in asked.nonzero().flatten().tolist():
         own = (real == k).nonzero().flatten()
@@ -250,13 +252,6 @@ def floor_sets(real: Tensor, labels: Tensor) -> list[Tensor]:
         for chosen, part in zip(sets, own.split(int(wanted[k]))):
             chosen[labels == k] = part
     return sets
-
-
-def aligned(lines: list[list[str]]) -> str:
-    """A table for the terminal: names to the left, numbers to the right."""
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    return "\n".join("  ".join(cell.rjust(width) if i else cell.ljust(width)
-                               for i, (cell, width) in enumerate(zip(line, widths))).rstrip() for line in lines)
 
 
 # Did a change help?
@@ -298,6 +293,11 @@ def verdicts(a: list[Row], b: list[Row], floor: Row, sets: int) -> list[Verdict]
             low, high = mean_b - mean_a - half, mean_b - mean_a + half
             if several:
                 low, high = (math.exp(mean_a) * math.expm1(change) for change in (low, high))
+            if not several and measure.key in a[0].left_out and gain is not None:
+                error = jackknife_error(_gain(measure, a[0].left_out[measure.key], b[0].left_out[measure.key], real))
+            if real is not None and measure.good == "floor" and (mean_a - real) * (mean_b - real) < 0:
+                own = floor.errors[measure.key] / (floor.values[measure.key] if several else 1)
+                error = math.hypot(error, 2 * own / math.sqrt(sets))  # on both sides of the floor, its error counts
             p = None if gain is None else student_p(gain / error if error else 0.0, freedom)
         found.append((Verdict(measure, unscale(mean_a), unscale(mean_b), low, high, p, ""), gain))
     others = [i for i, (verdict, _) in enumerate(found) if verdict.measure.key != HEADLINE and verdict.p is not None]
@@ -312,7 +312,7 @@ def verdicts(a: list[Row], b: list[Row], floor: Row, sets: int) -> list[Verdict]
     return judged
 
 
-def _gain(measure: Measure, a: float, b: float, floor: float | None) -> float | None:
+def _gain(measure: Measure, a: Any, b: Any, floor: float | None) -> Any:
     """By how much b is better than a: lower, or nearer to the floor's value."""
     if measure.good == "low":
         return a - b

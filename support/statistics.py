@@ -1,4 +1,4 @@
-"""Errors of what was measured, and what of a difference is chance."""
+"""Errors of what was measured, what of a difference is chance, and tables for the terminal."""
 
 import functools
 import math
@@ -55,3 +55,10 @@ def holm(p_values: list[float]) -> list[float]:
         highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[i]))
         adjusted[i] = highest
     return adjusted
+
+
+def aligned(lines: list[list[str]]) -> str:
+    """A table for the terminal: names to the left, numbers to the right."""
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    return "\n".join("  ".join(cell.rjust(width) if i else cell.ljust(width)
+                               for i, (cell, width) in enumerate(zip(line, widths))).rstrip() for line in lines)

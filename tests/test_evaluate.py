@@ -182,6 +182,8 @@ def test_a_comparison_end_to_end(two: list[str], own_folder: Path, capsys: Captu
     (["one", "two --steps 7"], "--steps 7"),
     (["one", "two --stepps 7"], "--stepps"),
     (["one", "pretrained"], "were trained on other classes"),
+    (["one", "two,two"], "the same weights twice"),
+    (["one", "it's"], "quotes don't match"),
     (["one", ""], "there is no"),
 ])
 def test_what_does_not_compare_is_refused(runs: list[str], said: str, two: list[str], capsys: Capture) -> None:
@@ -192,6 +194,8 @@ def test_what_does_not_compare_is_refused(runs: list[str], said: str, two: list[
 
 def test_comparing_takes_two_sides_and_enough_images(two: list[str], capsys: Capture) -> None:
     assert main(two) == 2 and "add --runs A B" in capsys.readouterr().err
+    assert main([*two, "--runs", "one", "two", "--digits", "none", "--guidance", "1"]) == 2
+    assert "draws without labels" in capsys.readouterr().err
     assert main([*two, "--runs", "one", "two", "--num-images", "999"]) == 2
     assert "at least 1,000" in capsys.readouterr().err
 
@@ -203,6 +207,7 @@ def test_a_side_has_its_own_way_of_drawing_or_several_runs(two: list[str]) -> No
     assert torch.equal(plain.orders[0].labels, own.orders[0].labels)
     said = " ".join(differences(plain, own))
     assert "guidance is" in said and "sampler is dpmpp-sde, and ddim" in said and "Code" not in said
-    several = load_side("one,two,checkpoints/two/last.safetensors", config, 2000, CPU)
+    save_network(Path("checkpoints/three/last.safetensors"), 2)
+    several = load_side("one,two,checkpoints/three/last.safetensors", config, 2000, CPU)
     assert [trained.step for trained in several.trained] == [100] * 3
     assert "3 trainings" in differences(plain, several)[1]

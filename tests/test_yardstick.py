@@ -62,7 +62,7 @@ def test_too_few_real_images_are_named_with_a_number_that_works() -> None:
         floor_sets(there, choose_labels(None, 0, range(2000), shares))
     assert "\n" not in str(caught.value)
     assert len(floor_sets(there, choose_labels(None, 0, range(1400), shares))) == 2
-    with pytest.raises(UserError, match="at most 100"):
+    with pytest.raises(UserError, match="no number of images works"):
         floor_sets(there, torch.full((200,), 1))
 
 
@@ -202,7 +202,7 @@ def test_one_network_a_side_is_paired_block_by_block() -> None:
 
 
 def test_directions_are_those_of_the_measures() -> None:
-    a, better = row(within=0.3, ink=0.96, sure=0.95), scattered(2, 1e-5, within=0.2, ink=1.01, sure=0.97)
+    a, better = row(within=0.3, ink=0.96, sure=0.95), scattered(2, 1e-5, within=0.2, ink=0.99, sure=0.97)
     assert words([a], [better]) == {"within": "better", "ink": "better", "sure": "better"}
     assert words([better], [a]) == {"within": "worse", "ink": "worse", "sure": "worse"}
     beyond = scattered(3, 1e-5, within=0.3, ink=1.04, sure=0.95)  # as far from 1 on the other side
@@ -244,3 +244,12 @@ def test_few_trainings_take_the_spread_that_was_measured_once() -> None:
     assert verdict.word == "better" and verdict.low is not None
     assert math.log1p(verdict.low / 0.3) == pytest.approx(-3 * spread - half, abs=1e-3)
     assert words(a, [row(within=0.3 * math.exp(-2 * spread))]) == {"within": "no difference shown"}
+
+
+def test_two_sides_of_the_floor_are_not_told_apart_by_a_difference_that_they_share() -> None:
+    """What a and b have in common cancels in b - a, but not in which of them is nearer to a floor between them."""
+    common = torch.randn(20, generator=torch.Generator().manual_seed(6), dtype=torch.float64) * 0.01
+    a, b = (dataclasses.replace(row(ink=ink), left_out={"ink": ink + common}) for ink in (1.012, 0.990))
+    assert words([a], [b]) == {"ink": "no difference shown"}
+    (verdict,) = verdicts([a], [b], FLOOR, 5)
+    assert verdict.high is not None and verdict.high < 0  # they are different all the same
