@@ -293,7 +293,7 @@ def verdicts(a: list[Row], b: list[Row], floor: Row, sets: int) -> list[Verdict]
             low, high = mean_b - mean_a - half, mean_b - mean_a + half
             if several:
                 low, high = (math.exp(mean_a) * math.expm1(change) for change in (low, high))
-            if not several and measure.key in a[0].left_out and gain is not None:
+            if not several and measure.key not in OVERLAP and gain is not None:
                 error = jackknife_error(_gain(measure, a[0].left_out[measure.key], b[0].left_out[measure.key], real))
             if real is not None and measure.good == "floor" and (mean_a - real) * (mean_b - real) < 0:
                 own = floor.errors[measure.key] / (floor.values[measure.key] if several else 1)
