@@ -161,7 +161,7 @@ def test_a_second_run_of_one_name_refuses(idx_folder: Path, tmp_path: Path, monk
     assert "--name" in errors and len(errors.strip().splitlines()) == 1
     first.kill()
     again = start(tmp_path, *flags)  # the kill left no lock behind
-    wait_for(lambda: "Going on" in again.output)
+    wait_for(lambda: "Going on" in again.output and "loss=" in again.errors)
     again.signal(signal.SIGINT)
     again.finish(130)
 
