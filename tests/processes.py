@@ -9,6 +9,7 @@ import functools
 import importlib
 import multiprocessing
 import os
+import signal
 import socket
 import tempfile
 import time
@@ -102,6 +103,7 @@ def context() -> Any:
 def _main(folder: Path, flags: list[str], changes: dict[str, Any], environment: dict[str, str], said: Path) -> None:
     for name, descriptor in (("output", 1), ("errors", 2)):
         os.dup2(os.open(said / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
     os.chdir(folder)
     os.environ.update(environment)
     torch.set_num_threads(1)
