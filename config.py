@@ -98,7 +98,6 @@ class SampleConfig:
 class EvaluateConfig:
     """evaluate: what is measured"""
 
-    seeds: Annotated[int, Ge(1), Le(1000)] = 1  # repeat with this many seeds (seed, seed + 1, ...) for mean and spread
     bound: bool = False  # also the variational bound on the likelihood, in bits per pixel
     sweep: bool = False  # every sampler at several step counts instead: sweep.png and sweep.csv
 

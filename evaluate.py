@@ -23,7 +23,7 @@ from samplers import SAMPLERS, spaced_timesteps
 from support import plots
 from support.files import make_folder, write_atomically
 from support.runtime import Clock, Runtime, to_uint8
-from support.statistics import aligned, deviation, mean
+from support.statistics import aligned
 from yardstick import FEWEST, FEWEST_BLOCKS, MEASURES, Row, Yardstick, require_known
 
 SWEEP_STEPS = (5, 8, 10, 15, 25, 50)
@@ -50,57 +50,51 @@ def run(config: Config, runtime: Runtime) -> None:
     if trained.data.get("digest") != dataset.describe(train, "")["digest"]:
         runtime.say(f"note: this checkpoint was trained on other images ({trained.data.get('name')}) than it is "
                     f"compared with ({config.dataset}).")
-    orders = [Order(options, seed, range(count), trained.labels(options.digits, seed, count))
-              for seed in range(config.seed, config.seed + config.evaluate.seeds)]
+    order = Order(options, config.seed, range(count), trained.labels(options.digits, config.seed, count))
     clock.lap("load")
     made: list[Yardstick] = []
-    runtime.only_first(lambda: made.append(Yardstick(train, test, orders[0].labels)))
+    runtime.only_first(lambda: made.append(Yardstick(train, test, order.labels)))
     clock.lap("look at real images")
     yardstick = made[0] if runtime.first else None
     if config.evaluate.sweep:
-        paths = sweep(trained, orders[0], yardstick, folder, runtime)
+        paths = sweep(trained, order, yardstick, folder, runtime)
         clock.lap("sweep")
     else:
         likelihood = None
         if config.evaluate.bound:
             likelihood = bound(trained, train, test, runtime)
             clock.lap("bound")
-        paths = measure_all(trained, orders, yardstick, likelihood, folder, runtime, clock)
+        paths = measure_all(trained, order, yardstick, likelihood, folder, runtime, clock)
     for path in paths:
         runtime.say(f"  {path}")
     runtime.say(clock)
 
 
-def measure_all(trained: Trained, orders: list[Order], yardstick: Yardstick | None, likelihood: Likelihood | None,
+def measure_all(trained: Trained, order: Order, yardstick: Yardstick | None, likelihood: Likelihood | None,
                 folder: Path, runtime: Runtime, clock: Clock) -> list[Path]:
     """The table of the model and its control rows, metrics.json, evaluation.png and neighbours.png."""
-    rows: list[Row] = []
-    for order in reversed(orders):
-        images = to_uint8(draw(trained, order, runtime, progress=True))
-        clock.lap(f"draw {len(images)}")
-        if yardstick is not None:
-            rows.insert(0, yardstick.measure(images, order.labels))
-            clock.lap("measure")
+    images = to_uint8(draw(trained, order, runtime, progress=True))
+    clock.lap(f"draw {len(images)}")
     if yardstick is None:
         runtime.barrier()
         return []
-    print(table(rows, yardstick, len(orders[0].indices)))
+    row = yardstick.measure(images, order.labels)
+    clock.lap("measure")
+    print(table(row, yardstick, len(images)))
     clock.lap("measure controls")
-    print(explain(rows[0], yardstick))
-    source = origin(trained, orders[0])
+    print(explain(row, yardstick))
+    source = origin(trained, order)
     report: dict[str, Any] = {
-        "drawn_with": source, "images": len(orders[0].indices), "extractor": yardstick.extractor.digest,
-        "seeds": [public(row) | {"seed": order.seed} for row, order in zip(rows, orders)],
-        "mean": {key: mean([row.values[key] for row in rows]) for key in rows[0].values},
-        "over_floor": {key: yardstick.over_floor(key, rows[0]) for key in ("within", "frechet", "texture")
-                       if key in rows[0].values},
+        "drawn_with": source, "images": len(images), "extractor": yardstick.extractor.digest, "model": public(row),
+        "over_floor": {key: yardstick.over_floor(key, row) for key in ("within", "frechet", "texture")
+                       if key in row.values},
         "controls": {name: public(row) for name, row in controls(yardstick).items()}}
     if likelihood is not None:
         print(explain_bound(likelihood, len(bound_images(yardstick.test))))
         report["bound"] = asdict(likelihood)
     text = json.dumps(report, indent=1)
     write_atomically(folder / "metrics.json", lambda file: file.write(text.encode()))
-    save_pictures(folder, images, rows[0], yardstick, likelihood, source)
+    save_pictures(folder, images, row, yardstick, likelihood, source)
     runtime.barrier()
     return [folder / name for name in ("metrics.json", "evaluation.png", "neighbours.png")]
 
@@ -113,26 +107,20 @@ def public(row: Row) -> dict[str, Any]:
     return {"values": row.values, "errors": row.errors, "within_classes": row.classes, "memorisation": row.memorisation}
 
 
-def table(rows: list[Row], yardstick: Yardstick, count: int) -> str:
-    """The aligned table for the terminal: the model, its errors, its spread over seeds, and the controls."""
-    average = {key: mean([row.values[key] for row in rows]) for key in rows[0].values}
-
+def table(row: Row, yardstick: Yardstick, count: int) -> str:
+    """The aligned table for the terminal: the model, its errors, and the controls."""
     def cells(values: dict[str, float]) -> list[str]:
         return [m.form.format(values[m.key]) if m.key in values else "" for m in MEASURES]
 
-    lines = [[f"N = {count:,}", *(m.heading for m in MEASURES)], ["model", *cells(average)]]
-    if rows[0].errors:
-        lines.append(["  ± standard error" + " of one" * (len(rows) > 1), *cells(rows[0].errors)])
-    if len(rows) > 1:
-        lines.append([f"  spread of {len(rows)} drawings", *cells({key: deviation([row.values[key] for row in rows])
-                                                                   for key in average})])
-    ratios = {m.key: yardstick.over_floor(m.key, replace(rows[0], values=average)) for m in MEASURES
-              if m.good == "low" and m.key in average}
+    lines = [[f"N = {count:,}", *(m.heading for m in MEASURES)], ["model", *cells(row.values)]]
+    if row.errors:
+        lines.append(["  ± standard error", *cells(row.errors)])
+    ratios = {m.key: yardstick.over_floor(m.key, row) for m in MEASURES if m.good == "low" and m.key in row.values}
     lines.append(["  times the floor", *(times(ratios.get(m.key)) for m in MEASURES)])
-    for name, row in controls(yardstick).items():
-        lines.append([name, *cells(row.values)])
-        if row is yardstick.floor:
-            lines.append([f"  spread of {len(yardstick.sets)} sets", *cells(row.errors)])
+    for name, control in controls(yardstick).items():
+        lines.append([name, *cells(control.values)])
+        if control is yardstick.floor:
+            lines.append([f"  spread of {len(yardstick.sets)} sets", *cells(control.errors)])
     return aligned(lines)
 
 

@@ -127,17 +127,12 @@ def _gaussian(count: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Ten
     return mean, covariance * (count / (count - 1))[..., None, None]
 
 
-def frechet_distance(a: Tensor, b: Tensor) -> float:
-    """Squared Fréchet distance of the Gaussians fitted to features a [N, D] and b [M, D] (arXiv 1706.08500, eq. 6).
-
-    It is biased upwards by about 1/N, so only distances at equal N and M compare.
-    """
-    (mean_a, cov_a), (mean_b, cov_b) = ((x.mean(dim=0), x.T.cov()) for x in (a.double(), b.double()))
-    return frechet_from_moments(mean_a, cov_a, mean_b, cov_b).item()
-
-
 def frechet_from_moments(mean_a: Tensor, cov_a: Tensor, mean_b: Tensor, cov_b: Tensor) -> Tensor:
-    """|mean_a - mean_b|^2 + tr(cov_a + cov_b - 2 (cov_a cov_b)^(1/2)) of float64 moments, singular ones too: [...]."""
+    """Squared Fréchet distance of Gaussians with these float64 moments, singular ones too: [...] (1706.08500, eq. 6).
+
+    |mean_a - mean_b|^2 + tr(cov_a + cov_b - 2 (cov_a cov_b)^(1/2)). With moments of N samples it is biased upwards by
+    about 1/N, so only distances at equal N compare.
+    """
     values, vectors = torch.linalg.eigh(cov_b)
     root = vectors * values.clamp(min=0).sqrt()[..., None, :]  # cov_b = root @ root.mT
     # The eigenvalues of cov_a cov_b are those of root.mT cov_a root, which is symmetric, so none of them is negative.
@@ -231,16 +226,6 @@ def memorisation(generated: Tensor, test: Tensor) -> dict[str, float]:
     return {"median": generated.median().item(), "test_median": test.median().item(),
             "ratio": (generated.median() / test.median()).item(),
             "share_closer": (generated < test.quantile(0.01)).double().mean().item()}
-
-
-def sure_share(probabilities: Tensor) -> float:
-    """Share of the images whose likeliest class has a probability above SURE; probabilities [N, 10]."""
-    return (probabilities.amax(dim=1) > SURE).double().mean().item()
-
-
-def drawn_as_asked(probabilities: Tensor, labels: Tensor) -> float:
-    """Share of the images whose likeliest class is the label asked for; probabilities [N, 10], labels int64 [N]."""
-    return (probabilities.argmax(dim=1) == labels).double().mean().item()
 
 
 def class_histogram(probabilities: Tensor) -> Tensor:

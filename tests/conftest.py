@@ -6,6 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
+
+from support.metrics import frechet_from_moments
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ["--channels", "8", "8", "16", "--blocks", "1", "1", "1", "--embedding", "16", "--groups", "4"]
@@ -33,6 +36,12 @@ def write_set(folder: Path, train: int = 256, test: int = 64) -> Path:
         write_idx(folder / f"{name}-images-idx3-ubyte", images)
         write_idx(folder / f"{name}-labels-idx1-ubyte", labels)
     return folder
+
+
+def frechet_distance(a: Tensor, b: Tensor) -> float:
+    """Of the Gaussians fitted to features a [N, D] and b [M, D]."""
+    (mean_a, cov_a), (mean_b, cov_b) = ((x.mean(dim=0), x.T.cov()) for x in (a.double(), b.double()))
+    return frechet_from_moments(mean_a, cov_a, mean_b, cov_b).item()
 
 
 @pytest.fixture(scope="session")

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from conftest import frechet_distance
 from torch import Tensor
 
 import dataset
@@ -12,7 +13,6 @@ import yardstick
 from config import UserError
 from dataset import Digits
 from drawing import choose_labels
-from support import metrics
 from support.statistics import deviation, holm, jackknife_error, mean, student_limit, student_p
 from yardstick import Row, Yardstick, floor_sets, verdicts
 
@@ -77,10 +77,10 @@ def test_distances_are_to_the_images_outside_each_set(real: Yardstick, digits: D
         rest = everything.index_fill(0, chosen, False)
         for k in by_class:
             ours, theirs = seen.features[seen.labels == k], real.seen.features[rest & (real.seen.labels == k)]
-            by_class[k].append(metrics.frechet_distance(ours, theirs))
+            by_class[k].append(frechet_distance(ours, theirs))
     assert row.classes == pytest.approx({k: mean(found) for k, found in by_class.items()}, rel=1e-6)
     assert row.values["within"] == pytest.approx(mean(list(row.classes.values())))
-    direct = mean([metrics.frechet_distance(seen.texture, real.seen.texture[everything.index_fill(0, chosen, False)])
+    direct = mean([frechet_distance(seen.texture, real.seen.texture[everything.index_fill(0, chosen, False)])
                    for chosen in real.sets])
     assert row.values["texture"] == pytest.approx(direct, rel=0.01)  # shares are equal to within an image or two
 
