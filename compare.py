@@ -93,8 +93,9 @@ def load_side(text: str, config: Config, count: int, runtime: Runtime) -> Side:
     own = configs.parse(flags, config)
     fixed = {field: getattr(config.sample, field) for field in ("num_images", "digits", "write", "checkpoint")}
     if replace(own, sample=config.sample) != config or replace(own.sample, **fixed) != own.sample:
-        raise UserError(f"--runs '{text}': only how it is drawn can be a side's own (--sampler, --steps, --eta, "
-                        "--variance, --guidance); give other flags for both, outside the quotes")
+        raise UserError(f"--runs '{text}': only how it is drawn can be a side's own (--sampler, --steps, --spacing, "
+                        "--eta, --variance, --guidance, --guidance-interval); give other flags for both, outside the "
+                        "quotes")
     trained, orders = [], []
     for name in names.split(","):
         found = load_trained(replace(own, sample=replace(own.sample, checkpoint=checkpoint_of(name, text))), runtime)

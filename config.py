@@ -24,6 +24,7 @@ NO_LABEL = CLASSES  # the label of an image that is drawn, or trained on, withou
 
 Channels = Annotated[int, Ge(1), Le(4096)]
 Blocks = Annotated[int, Ge(1), Le(64)]
+Timestep = Annotated[int, Ge(0), Le(100_000)]
 Share = Annotated[float, Ge(0), Le(1)]
 Count = Annotated[int, Ge(1), Le(10**7)]
 Asked = Annotated[str, StringConstraints(pattern="^(none|[0-9]{1,10000})$")]
@@ -86,9 +87,11 @@ class SampleConfig:
     num_images: Annotated[int, Ge(1), Le(10**6)] | None = None  # unset: 256, or 10000 where they are measured
     sampler: Literal["ddpm", "ddim", "dpmpp", "dpmpp-sde", "unipc"] = "dpmpp-sde"  # reverse process
     steps: Annotated[int, Ge(1), Le(100_000)] = 10  # each evaluates the network once, with guidance twice
+    spacing: Literal["trailing", "eased", "edm"] = "trailing"  # of the steps; see samplers.py
     eta: Share = 0.0  # ddim: noise added in each step, 0 (none) to 1 (as ddpm)
     variance: Literal["posterior", "upper"] = "posterior"  # ddpm: beta-tilde or beta (2006.11239, section 3.2)
     guidance: Annotated[float, Ge(0), Le(100)] = 1.14  # x0 = free + guidance * (labelled - free) (2207.12598); 1: off
+    guidance_interval: tuple[Timestep, Timestep] | None = None  # guidance only above the first and up to the second t
     digits: Asked | None = None  # digits to draw, cycled ("7", "0123456789"), or "none"; unset: as in the data
     write: Written | None = None  # a number to write in one line, such as 20261123, into number.png
     checkpoint: Path | None = None  # file to draw from; unset: checkpoints/<name>/last.safetensors, else what ships
@@ -173,6 +176,8 @@ def validate(config: Config) -> Config:
             f"only ddim has it, not {sample.sampler}; leave it out, or add --sampler ddim")
     require(sample.variance == "posterior" or sample.sampler == "ddpm", "--variance", sample.variance,
             f"only ddpm has it, not {sample.sampler}; leave it out, or add --sampler ddpm")
+    low, high = sample.guidance_interval or (0, 1)
+    require(low < high, "--guidance-interval", sample.guidance_interval, "the first has to be below the second")
     require(sample.digits != "none" or sample.guidance in (1, SampleConfig.guidance), "--guidance", sample.guidance,
             "guidance needs labels, and --digits none has none; leave one of the two out")
     require(config.name != RESERVED, "--name", config.name, "the pictures that come with the project have this name; "

@@ -150,18 +150,21 @@ def stratified_timesteps(timesteps: int, batch_size: int, offset: Tensor) -> Ten
     return (u * timesteps).long().clamp(max=timesteps - 1) + 1
 
 
-def make_denoiser(network: Network, schedule: NoiseSchedule, labels: Tensor, guidance: float = 1.0) -> Denoiser:
+def make_denoiser(network: Network, schedule: NoiseSchedule, labels: Tensor, guidance: float = 1.0,
+                  interval: tuple[int, int] | None = None) -> Denoiser:
     """denoise(x [B, 1, H, W], t int) -> x0_hat like x, in [-1, 1] and in the dtype of x, for labels int64 [B].
 
     With classifier-free guidance (arXiv 2207.12598, eq. 6, whose w is guidance - 1) both halves go through the network
-    in one batch; at guidance 1 there is no second half.
+    in one batch; at guidance 1, and outside of low < t <= high where an interval is given (2404.07724), there is no
+    second half.
     """
+    low, high = interval or (0, schedule.timesteps)
     both_labels = torch.cat([labels, torch.full_like(labels, NO_LABEL)])
 
     def denoise(x: Tensor, t: int) -> Tensor:
         x_in = x.float()
         times = torch.full((len(x),), t, device=x.device)
-        if guidance == 1:
+        if guidance == 1 or not low < t <= high:
             prediction = network(x_in, times, labels)
         else:
             labelled, free = network(x_in.repeat(2, 1, 1, 1), times.repeat(2), both_labels).chunk(2)

@@ -20,7 +20,7 @@ from config import CLASSES, NO_LABEL, Config, SampleConfig, UserError
 from dataset import NOTICE
 from diffusion import Network, NoiseSchedule, make_denoiser
 from model import UNet
-from samplers import SAMPLERS, spaced_timesteps
+from samplers import SAMPLERS, spaced_timesteps, timesteps_of
 from support import checkpoint, plots
 from support.runtime import Runtime, generator, to_uint8
 
@@ -121,7 +121,7 @@ def guided(options: SampleConfig, trained: Trained, runtime: Runtime) -> SampleC
     if dropout == 1:
         runtime.say("This network was trained with --label-dropout 1, so it knows images only without labels, and "
                     "draws any digit.")
-        return replace(options, guidance=0.0)
+        return replace(options, guidance=0.0, guidance_interval=None)
     if options.guidance != 1 and dropout == 0:
         runtime.say("Guidance is off: this network was trained with --label-dropout 0, so it knows images only with "
                     "their labels.")
@@ -155,8 +155,8 @@ def origin(trained: Trained, order: Order) -> dict[str, str]:
     options = order.options
     return {"weights": trained.digest, "trained_on": str(trained.data.get("name", trained.config.dataset)),
             "step": str(trained.step), "sampler": options.sampler, "steps": str(options.steps),
-            "eta": f"{options.eta:g}", "guidance": f"{options.guidance:g}", "digits": str(options.digits),
-            "seed": str(order.seed)}
+            "spacing": options.spacing, "eta": f"{options.eta:g}", "guidance": f"{options.guidance:g}",
+            "guidance_interval": str(options.guidance_interval), "digits": str(options.digits), "seed": str(order.seed)}
 
 
 def draw(trained: Trained, order: Order, runtime: Runtime, trace: Trace | None = None,
@@ -206,8 +206,8 @@ def _draw_chunk(trained: Trained, order: Order, runtime: Runtime,
         return noise.to(runtime.device)
 
     options, schedule = order.options, trained.schedule
-    timesteps = spaced_timesteps(schedule.timesteps, options.steps)
-    denoise = make_denoiser(trained.network, schedule, labels, options.guidance)
+    timesteps = timesteps_of(schedule, options.steps, options.spacing)
+    denoise = make_denoiser(trained.network, schedule, labels, options.guidance, options.guidance_interval)
     x = randn()
     watch(timesteps[0], x[slots], None)
     for s, x, x0_hat in SAMPLERS[options.sampler](denoise, schedule, x, timesteps, randn, **solver_options(options)):

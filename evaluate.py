@@ -16,7 +16,7 @@ from torch import Tensor
 
 import config as configs
 import dataset
-from config import Config, SampleConfig, UserError
+from config import Config, UserError
 from drawing import Order, Trained, announce, draw, guided, load_trained, origin
 from likelihood import Likelihood, bound, bound_images
 from samplers import SAMPLERS, spaced_timesteps
@@ -193,7 +193,7 @@ def sweep(trained: Trained, order: Order, yardstick: Yardstick | None, folder: P
     quality: dict[tuple[str, int], float] = {}
     lines: list[dict[str, Any]] = []
     for sampler, steps in plan:
-        options = SampleConfig(sampler=sampler, steps=steps, guidance=order.options.guidance)  # type: ignore[arg-type]
+        options = replace(order.options, sampler=sampler, steps=steps, eta=0.0)
         began = time.perf_counter()
         images = to_uint8(draw(trained, replace(order, options=options), runtime, progress=True))
         took = (time.perf_counter() - began) * 256 / count

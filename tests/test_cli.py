@@ -73,6 +73,8 @@ BAD_FLAGS = [
     (["--variance", "upper"], "only ddpm"),
     (["--guidance", "-1"], "--guidance -1"),
     (["--guidance", "2", "--digits", "none"], "--guidance 2"),
+    (["--guidance-interval", "750", "250"], "--guidance-interval 750 250"),
+    (["--spacing", "even"], "--spacing"),
     (["--digits", "12a"], "--digits 12a"),
     (["--digits", ""], "--digits"),
     (["--digits", "1 2"], "--digits 1 2"),
@@ -203,7 +205,7 @@ def test_differences_are_those_that_matter() -> None:
     base = configs.parse([])
     assert configs.differences(base, configs.parse(["--minutes", "3", "--fresh", "--name", "x", "--steps", "3"])) == []
     assert configs.differences(base, configs.parse(["--lr", "0.1", "--blocks", "1", "1", "2"])) == [
-        "blocks was [1, 1, 1], now [1, 1, 2]", "lr was 0.002, now 0.1"]
+        "blocks was [1, 2, 2], now [1, 1, 2]", "lr was 0.002, now 0.1"]
 
 
 @pytest.mark.parametrize("mode", ["sample", "evaluate"])

@@ -443,6 +443,15 @@ def test_guidance_zero_is_unlabelled_and_equal_halves_change_nothing():
     torch.testing.assert_close(guided, unguided)
 
 
+def test_guidance_within_an_interval():
+    schedule, labels, x = schedule_of("linear", 1000), torch.tensor([3, 1]), images(2)
+    network = Recorder(lambda x, t, label: 0.1 * x + 0.01 * label[:, None, None, None])
+    always, never = (make_denoiser(network, schedule, labels, guidance) for guidance in (2.0, 1.0))
+    within = make_denoiser(network, schedule, labels, 2.0, (250, 750))
+    for t, expected in ((1, never), (250, never), (251, always), (750, always), (751, never), (1000, never)):
+        assert torch.equal(within(x, t), expected(x, t))
+
+
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_guided_x0_is_the_same_extrapolation_whatever_the_network_predicts(prediction):
     """Before clipping, x0 is affine in the prediction, so guidance of one is guidance of the other."""

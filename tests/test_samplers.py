@@ -12,7 +12,7 @@ import torch
 
 from config import DiffusionConfig, UserError
 from diffusion import NoiseSchedule, make_denoiser, make_schedule, posterior
-from samplers import SAMPLERS, spaced_timesteps
+from samplers import SAMPLERS, spaced_timesteps, timesteps_of
 
 DETERMINISTIC = [("ddim", {}), ("dpmpp", {}), ("dpmpp", {"order": 1}), ("unipc", {}), ("unipc", {"order": 2})]
 STOCHASTIC = [("ddpm", {}), ("ddpm", {"variance": "upper"}), ("ddim", {"eta": 1.0}), ("ddim", {"eta": 0.4})]
@@ -88,6 +88,29 @@ def test_timesteps_are_trailing():
     for steps in (7, 25, 60, 999):
         expected = np.round(1000 - np.arange(steps) * 1000 / steps).astype(int).tolist()
         assert spaced_timesteps(1000, steps)[:-1] == expected
+
+
+@pytest.mark.parametrize("spacing", ["trailing", "eased", "edm"])
+@pytest.mark.parametrize("schedule_name", ["linear", "cosine", "zero"])
+@pytest.mark.parametrize("timesteps", [21, 1000])
+def test_every_spacing_descends_from_T_to_0(spacing, schedule_name, timesteps):
+    schedule = schedule_of(schedule_name, timesteps)
+    for steps in {*range(1, 41), timesteps - 1, timesteps} & set(range(1, timesteps + 1)):
+        spaced = timesteps_of(schedule, steps, spacing)
+        assert len(spaced) == steps + 1 and spaced[0] == timesteps and spaced[-1] == 0
+        assert all(type(t) is int for t in spaced) and all(t > s for t, s in zip(spaced, spaced[1:]))
+
+
+def test_eased_and_edm_spacing():
+    schedule = schedule_of("cosine", 1000)
+    assert timesteps_of(schedule, 10) == spaced_timesteps(1000, 10)
+    eased = timesteps_of(schedule, 10, "eased")  # symmetric, closer at both ends than in the middle
+    assert eased == [1000, 923, 831, 728, 616, 500, 384, 272, 169, 77, 0]
+    ratio = schedule.sigma / schedule.alpha
+    first, *_, last = spaced = timesteps_of(schedule, 19, "edm")[1:-1]
+    assert last == 1 and abs(ratio[first] - 20) < 0.5
+    middle = (ratio[first] ** (1 / 7) + ratio[last] ** (1 / 7)) / 2  # 2206.00364, eq. 5, halfway
+    assert ratio[spaced[8] + 1] > middle**7 > ratio[spaced[9] - 1]
 
 
 @pytest.mark.parametrize("steps", [0, -1, 51])
