@@ -218,19 +218,19 @@ def download_mnist(root: Path) -> None:
         socket.setdefaulttimeout(patience)
 
 
-def batch_indices(seed: int, step: int, batch_size: int, n: int) -> Tensor:
-    """Indices int64 [batch_size] into n images: the batch of a step, as a function of (seed, step).
+def batch_indices(seed: int, step: int, batch_size: int, n: int, device: torch.device | str = "cpu") -> Tensor:
+    """Indices int64 [batch_size] into n images, on the device: the batch of a step, as a function of (seed, step).
 
     The batches cut a stream of permutations, one for each epoch, so an epoch sees every image exactly once.
     """
     parts, position, end = [], step * batch_size, (step + 1) * batch_size
     while position < end:
         epoch, offset = divmod(position, n)
-        parts.append(_permutation(seed, epoch, n)[offset:offset + end - position])
+        parts.append(_permutation(seed, epoch, n, device)[offset:offset + end - position])
         position += len(parts[-1])
     return torch.cat(parts)
 
 
 @lru_cache(maxsize=2)
-def _permutation(seed: int, epoch: int, n: int) -> Tensor:
-    return torch.randperm(n, generator=generator("cpu", seed, ORDER_STREAM, epoch))
+def _permutation(seed: int, epoch: int, n: int, device: torch.device | str) -> Tensor:
+    return torch.randperm(n, generator=generator("cpu", seed, ORDER_STREAM, epoch)).to(device, non_blocking=True)

@@ -193,7 +193,7 @@ def sweep(trained: Trained, order: Order, yardstick: Yardstick | None, folder: P
     quality: dict[tuple[str, int], float] = {}
     lines: list[dict[str, Any]] = []
     for sampler, steps in plan:
-        options = replace(order.options, sampler=sampler, steps=steps, eta=0.0)
+        options = replace(order.options, sampler=sampler, steps=steps, eta=0.0)  # type: ignore[arg-type]
         began = time.perf_counter()
         images = to_uint8(draw(trained, replace(order, options=options), runtime, progress=True))
         took = (time.perf_counter() - began) * 256 / count

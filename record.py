@@ -35,7 +35,7 @@ def milestone(epoch: float) -> int:
 def record(run: "Run") -> None:
     """Adds a row to metrics.csv, and draws loss.png and a preview, with the averaged weights."""
     options, count = run.config.train, len(run.train)
-    network = run.average.module.eval()
+    network = run.average
     levels = test_loss(network, run)
     total, steps = run.history["running"]
     size = run.schedule.timesteps / LEVELS

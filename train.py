@@ -6,17 +6,17 @@ run that was not. Every process of torchrun takes its share of the same global b
 """
 
 import contextlib
+import copy
 import hashlib
 import math
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 import config as configs
@@ -29,11 +29,12 @@ from record import milestone, record
 from samplers import spaced_timesteps
 from support import checkpoint
 from support.files import lock, make_folder
-from support.optimizer import Optimizer, moving_average
+from support.optimizer import Optimizer, update_average
 from support.runtime import Runtime, StopSignals, compiled, generator, seed_of, to_unit
 
 TRAIN_STREAM, DROPOUT_STREAM = 1, 9  # of random numbers; see drawing.py, record.py and others for the rest
 SAVE_SECONDS = 30.0  # from one checkpoint to the next: what a kill costs
+READ_SECONDS = 1.0  # from one look at the losses to the next, for which the host has to wait
 BAD_STEPS = 20  # steps in a row without a finite loss after which a run stops
 # The code that decides training.
 DECISIVE = ("model.py", "diffusion.py", "dataset.py", "train.py", "support/optimizer.py")
@@ -49,10 +50,12 @@ class Run:
     test: Digits
     schedule: NoiseSchedule
     network: UNet
-    average: AveragedModel
+    average: UNet  # its weights averaged; requires no gradients
     optimizer: Optimizer
     step: int  # steps done
     history: dict[str, Any]  # "columns" of metrics.csv, running sums since its last row, seconds, skipped steps, ...
+    unread: list[Tensor] = field(default_factory=list)  # losses of the latest steps, on the device, not in the history
+    bad: int = 0  # skipped steps in a row
 
     @property
     def path(self) -> Path:
@@ -123,7 +126,7 @@ def train(run: Run) -> int | None:
     ours: nn.Module = run.network if runtime.world == 1 else DistributedDataParallel(run.network)
     forward = compiled(ours, runtime)
     seconds_before, started = run.history["seconds"], time.perf_counter()
-    last_save, bad = time.perf_counter(), 0
+    last_save = last_read = time.perf_counter()
     run.network.train()
     bar = tqdm(total=run.length(options) if options.minutes is None else None, initial=run.step, unit="img",
                unit_scale=options.batch_size, disable=not runtime.first, dynamic_ncols=True, mininterval=0.5,
@@ -131,43 +134,41 @@ def train(run: Run) -> int | None:
     with StopSignals() as stop, bar:
         while True:
             run.history["seconds"] = seconds_before + time.perf_counter() - started
-            due = time.perf_counter() - last_save > SAVE_SECONDS and not bad
-            progress, signal_number, save_now = runtime.highest(run.progress(options), stop.received or 0, due)
+            now = time.perf_counter()
+            progress, signal_number, save_now, read_now = runtime.highest(
+                run.progress(options), stop.received or 0, now - last_save > SAVE_SECONDS,
+                now - last_read > READ_SECONDS)
             if progress >= 1 or signal_number:
                 break
-            if save_now:
+            if save_now or read_now:
+                read_losses(run, bar)
+                last_read = now
+            if save_now and not run.bad:
                 save(run)
                 last_save = time.perf_counter()
             if options.minutes is not None and progress > 0.01:
                 bar.total = round(run.step / progress)  # for the bar's ETA
             run.optimizer.set_rate(learning_rate(options, run.step, progress))
-            loss = training_step(forward, run)
+            run.unread.append(training_step(forward, run))
             run.step += 1
-            if loss is None:
-                run.history["skipped"] += 1
-                bad += 1
-                if bad >= BAD_STEPS:
-                    give_up(run, bad)
-            else:
-                bad = 0
-                run.history["running"] = [run.history["running"][0] + loss, run.history["running"][1] + 1]
             bar.update()
-            if runtime.first and run.history["running"][1]:
-                bar.set_postfix(loss=f"{run.history['running'][0] / run.history['running'][1]:.4f}", refresh=False)
             epoch_before, epoch = ((s * options.batch_size) / count for s in (run.step - 1, run.step))
             if milestone(epoch_before) != milestone(epoch):
+                read_losses(run, bar)
                 record(run)
                 bar.unpause()
+        read_losses(run, bar)
     if progress >= 1 and run.history["running"][1]:
         record(run)
     save(run)
     return int(signal_number) or None
 
 
-def training_step(forward: Network, run: Run) -> float | None:
-    """One step of all processes on the batch of (seed, step); the batch's mean loss, or None if the step was skipped.
+def training_step(forward: Network, run: Run) -> Tensor:
+    """One step of all processes on the batch of (seed, step); the batch's mean loss [], nan if the step was skipped.
 
-    A loss or gradient that is not finite never reaches the weights.
+    A loss or gradient that is not finite never reaches the weights. All of it is decided on the device: the host
+    launches the step and does not wait for it.
     """
     options, runtime = run.config.train, run.runtime
     images, labels, t, noise = batch(run)
@@ -183,19 +184,34 @@ def training_step(forward: Network, run: Run) -> float | None:
     if runtime.world > 1:
         torch.distributed.all_reduce(total)
         total /= runtime.world
-    finite = bool(torch.isfinite(norm + total))
-    if finite:
-        run.optimizer.step()
-        run.average.update_parameters(run.network)
+    good = torch.isfinite(norm + total)
+    run.optimizer.step(good)
+    update_average(run.average, run.network, options.ema, run.step, good)
     run.network.zero_grad()
-    return total.item() if finite else None
+    return torch.where(good, total, torch.nan)
+
+
+def read_losses(run: Run, bar: Any = None) -> None:
+    """Waits for the losses of the steps since the last look, and adds them to the history in the order of the steps."""
+    for loss in torch.stack(run.unread).tolist() if run.unread else []:
+        if math.isfinite(loss):
+            run.history["running"] = [run.history["running"][0] + loss, run.history["running"][1] + 1]
+            run.bad = 0
+        else:
+            run.history["skipped"] += 1
+            run.bad += 1
+    run.unread.clear()
+    if run.bad >= BAD_STEPS:
+        give_up(run)
+    if bar is not None and run.history["running"][1]:
+        bar.set_postfix(loss=f"{run.history['running'][0] / run.history['running'][1]:.4f}", refresh=False)
 
 
 def batch(run: Run) -> tuple[Tensor, ...]:
     """This process's share of the images in [-1, 1], labels, t and noise of a step: a function of (seed, step)."""
     size, seed, device = run.config.train.batch_size, run.config.seed, run.runtime.device
     share = slice(run.runtime.rank, None, run.runtime.world)
-    indices = dataset.batch_indices(seed, run.step, size, len(run.train))[share].to(device)
+    indices = dataset.batch_indices(seed, run.step, size, len(run.train), device)[share]
     random = generator(device, seed, TRAIN_STREAM, run.step)
     offset, *dropped = torch.rand(1 + size, generator=random, device=device).split([1, size])
     noise = torch.randn(size, 1, 28, 28, generator=random, device=device)[share]
@@ -219,8 +235,9 @@ def new_run(config: Config, runtime: Runtime, train: Digits, test: Digits) -> Ru
     schedule = make_schedule(config.diffusion)
     history = {"columns": {}, "running": [0.0, 0], "seconds": 0.0, "skipped": 0, "code": code_digests(),
                "data": dataset.describe(train, config.dataset), "alpha_bar": schedule.alpha_bar}
-    return Run(config, runtime, train, test, schedule, network, moving_average(network, config.train.ema),
-               Optimizer(network, config.train), 0, history)
+    average = copy.deepcopy(network).eval().requires_grad_(False)
+    return Run(config, runtime, train, test, schedule, network, average,
+               Optimizer(network, config.train, lambda function: compiled(function, runtime)), 0, history)
 
 
 def code_digests() -> dict[str, str]:
@@ -261,13 +278,12 @@ def resume(run: Run) -> TrainConfig:
             history["alpha_bar"], run.schedule.alpha_bar, rtol=1e-9, atol=0):
         raise UserError(f"{path} was trained with another noise schedule than diffusion.py makes now: {start_over}")
     checkpoint.load_weights(run.network, saved["model"], path)
-    checkpoint.load_weights(run.average.module, saved["ema"], path)
+    checkpoint.load_weights(run.average, saved["ema"], path)
     try:
         run.optimizer.load_state_dict(saved["optimizer"])
     except (LookupError, ValueError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: its optimizer state does not fit ({error}); start over with --fresh") from None
     run.step, run.history = saved["step"], history | {"code": run.history["code"]}
-    run.average.n_averaged.fill_(run.step - history["skipped"])
     return before.train
 
 
@@ -279,17 +295,17 @@ def save(run: Run) -> None:
                             "as it was: start over with --fresh and a lower --lr, or --precision fp32")
         checkpoint.save(run.path, {
             "config": configs.stored(run.config), "model": run.network.state_dict(),
-            "ema": run.average.module.state_dict(), "optimizer": run.optimizer.state_dict(), "step": run.step,
+            "ema": run.average.state_dict(), "optimizer": run.optimizer.state_dict(), "step": run.step,
             "history": run.history})
 
     run.runtime.only_first(work)
 
 
-def give_up(run: Run, bad: int) -> None:
+def give_up(run: Run) -> None:
     there = run.runtime.only_first(lambda: run.path.exists())
     kept = f"; {run.path} holds the weights from before" if there else ""
-    raise UserError(f"the loss or its gradient was not finite in {bad} steps in a row, the last one step {run.step}: "
-                    f"start over with --fresh and a lower --lr, or --precision fp32{kept}")
+    raise UserError(f"the loss or its gradient was not finite in {run.bad} steps in a row, the last one step "
+                    f"{run.step}: start over with --fresh and a lower --lr, or --precision fp32{kept}")
 
 
 def is_drawn(run: Run) -> bool:

@@ -101,7 +101,7 @@ class Trainee:
         self.run.network.train()
         self.forward = compiled(self.run.network, runtime)
 
-    def step(self, progress: float) -> float | None:
+    def step(self, progress: float) -> Tensor:
         """train.training_step, `progress` (0 to 1) into the run; at 1 the rate is zero, and the weights stay."""
         self.run.optimizer.set_rate(train.learning_rate(self.run.config.train, self.run.step, progress))
         loss = train.training_step(self.forward, self.run)
@@ -111,7 +111,7 @@ class Trainee:
     def draw(self, count: int, **changes: Any) -> tuple[Tensor, Tensor]:
         """uint8 images [count, 1, 28, 28] by the averaged weights, and the labels that were asked for."""
         run = self.run
-        trained = drawing.Trained(run.average.module.eval(), run.schedule, run.config, run.history)
+        trained = drawing.Trained(run.average, run.schedule, run.config, run.history)
         labels = trained.labels(None, run.config.seed, count)
         order = drawing.Order(replace(run.config.sample, **changes), run.config.seed, range(count), labels)
         return to_uint8(drawing.draw(trained, order, run.runtime)), labels

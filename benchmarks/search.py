@@ -66,17 +66,17 @@ def train_and_judge(task: tuple[str, int, argparse.Namespace]) -> dict[str, Any]
         losses = []
         began, began_wall = clock(), time.perf_counter()
         while (progress := (clock() - began) / options.seconds) < 1:
-            losses.append(trainee.step(progress))
+            losses.append(trainee.step(progress).item())
         seconds, wall = clock() - began, time.perf_counter() - began_wall
         run, judge = trainee.run, Judge(digits, test, options.images)
         run.history["seconds"] = seconds
-        levels = test_loss(run.average.module.eval(), run)
+        levels = test_loss(run.average, run)
         found = judge(*trainee.draw(options.images, guidance=1.0))
     if options.keep is not None:
         path = options.keep / f"{name.replace(' ', '-')}-s{seed}.safetensors"
-        checkpoint.save(path, {"config": configs.stored(config), "model": None, "ema": run.average.module.state_dict(),
+        checkpoint.save(path, {"config": configs.stored(config), "model": None, "ema": run.average.state_dict(),
                                "optimizer": None, "step": run.step, "history": run.history})
-    seen, last = run.step * config.train.batch_size, [loss for loss in losses[-100:] if loss is not None]
+    seen, last = run.step * config.train.batch_size, [loss for loss in losses[-100:] if math.isfinite(loss)]
     return {"recipe": name, "flags": RECIPES[name], "seconds": options.seconds, "wall": round(wall), "seed": seed,
             "steps": run.step, "epochs": round(seen / len(digits), 3), "images_per_s": round(seen / seconds, 1),
             "parameters": count_parameters(run.network), "gflop": round(gflop_per_image(config.model), 4),

@@ -22,7 +22,6 @@ import torch
 import torch.nn.functional as F
 from common import Parser, Trainee, config_of, count, interleaved, load_digits, machine, peak_memory, run_script, table
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
 
 import train
 from config import RESOLUTIONS
@@ -36,7 +35,7 @@ from support.runtime import Clock, Runtime, to_unit
 PHASES: dict[str, tuple[Any, str]] = {
     "batch selection": (train, "batch"), "forward and loss": (train, "diffusion_loss"),
     "backward": (Tensor, "backward"), "clip": (nn.utils, "clip_grad_norm_"), "optimizer": (Optimizer, "step"),
-    "average": (AveragedModel, "update_parameters"), "clear gradients": (UNet, "zero_grad")}
+    "average": (train, "update_average"), "clear gradients": (UNet, "zero_grad")}
 BARE = ("batch selection", "forward and loss", "backward", "clear gradients")  # no training can do without these
 REFERENCE_BATCH, REFERENCE_STEPS = 128, 300
 FEW = 10  # steps of ancestral sampling, from which all of them are extrapolated

@@ -1,12 +1,18 @@
-"""The optimizer, AdamW or Muon, and the moving average of the weights."""
+"""The optimizer, AdamW or Muon, and the moving average of the weights.
 
+A step that is not `good` changes nothing, which is decided on the device, so that the host never waits for it.
+"""
+
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
 
 from config import TrainConfig
+
+MOMENTUM = 0.95
+ITERATIONS, COEFFICIENTS = 5, (3.4445, -4.7750, 2.0315)  # of Newton and Schulz, as in torch.optim.Muon
 
 
 class Optimizer:
@@ -15,29 +21,26 @@ class Optimizer:
     Muon's update is scaled to AdamW's size (2502.16982, section 2.2), so both share one rate and one decay.
     """
 
-    def __init__(self, network: nn.Module, options: TrainConfig) -> None:
+    def __init__(self, network: nn.Module, options: TrainConfig,
+                 compiled: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda function: function) -> None:
         muon = options.optimizer == "muon"
         inner = [p for p in network.parameters() if muon and p.ndim == 4 and min(p.shape[:2]) > 1]
         chosen = {id(p) for p in inner}
-        self.matrices = [(nn.Parameter(as_matrix(p.detach())), p) for p in inner]  # the same memory, seen as a matrix
-        assert all(matrix.data_ptr() == p.data_ptr() for matrix, p in self.matrices)
         rest = [p for p in network.parameters() if id(p) not in chosen]
-        common: dict[str, Any] = {"lr": options.lr, "weight_decay": options.weight_decay}
-        adamw = torch.optim.AdamW(rest, betas=(0.9, 0.99), fused=True, **common)
-        self.parts: dict[str, torch.optim.Optimizer] = {"adamw": adamw}
-        if self.matrices:
-            muon_part = torch.optim.Muon([m for m, _ in self.matrices], adjust_lr_fn="match_rms_adamw", **common)
-            self.parts["muon"] = muon_part
+        self.rate = torch.tensor(options.lr, device=rest[0].device)
+        common: dict[str, Any] = {"lr": self.rate, "weight_decay": options.weight_decay}
+        self.parts: dict[str, torch.optim.Optimizer] = {
+            "adamw": torch.optim.AdamW(rest, betas=(0.9, 0.99), fused=True, **common)}
+        if inner:
+            self.parts["muon"] = Muon(inner, compiled(muon_update), **common)
 
     def set_rate(self, rate: float) -> None:
-        for part in self.parts.values():
-            for group in part.param_groups:
-                group["lr"] = rate
+        self.rate.fill_(rate)
 
-    def step(self) -> None:
-        for matrix, parameter in self.matrices:
-            matrix.grad = None if parameter.grad is None else as_matrix(parameter.grad)
+    def step(self, good: Tensor) -> None:
+        """One update by the gradients, or none: good, bool [], is on the parameters' device."""
         for part in self.parts.values():
+            part.found_inf = (~good).float()  # type: ignore[attr-defined]  # torch's own name, of its gradient scaler
             part.step()
 
     def state_dict(self) -> dict[str, Any]:
@@ -47,6 +50,8 @@ class Optimizer:
         """Raises LookupError, ValueError, TypeError or AttributeError for anything but such an optimizer's state."""
         for name, part in self.parts.items():
             part.load_state_dict(state[name])
+            for group in part.param_groups:
+                group["lr"] = self.rate
             for weight, values in part.state.items():
                 for key, value in values.items():
                     if value.ndim and value.shape != weight.shape:  # torch does not look at shapes
@@ -55,16 +60,68 @@ class Optimizer:
                         values[key] = torch.empty_like(weight, dtype=value.dtype).copy_(value)
 
 
+class Muon(torch.optim.Optimizer):
+    """Muon with Nesterov momentum (torch.optim.Muon), all matrices of one shape at once, and `found_inf` as AdamW."""
+
+    found_inf: Tensor
+
+    def __init__(self, weights: Sequence[nn.Parameter], update: Callable[..., Any], **options: Any) -> None:
+        super().__init__(weights, options)
+        self.update = update
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            alike: dict[torch.Size, list[nn.Parameter]] = {}
+            for weight in group["params"]:
+                alike.setdefault(weight.shape, []).append(weight)
+            for weights in alike.values():
+                for weight in weights:
+                    if not self.state[weight]:
+                        self.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
+                gradients = [weight.grad for weight in weights if weight.grad is not None]
+                buffers = [self.state[weight]["momentum_buffer"] for weight in weights]
+                new = self.update(*(torch.stack([as_matrix(each) for each in those])
+                                    for those in (weights, gradients, buffers)),
+                                  group["lr"], group["weight_decay"], self.found_inf)
+                torch._foreach_copy_([as_matrix(each) for each in (*weights, *buffers)], [*new[0], *new[1]])
+
+
+def muon_update(weights: Tensor, gradients: Tensor, momenta: Tensor, rate: Tensor, decay: float,
+                found_inf: Tensor) -> tuple[Tensor, Tensor]:
+    """New weights and momenta of matrices [N, a, b]; the old ones where found_inf is 1."""
+    moved = momenta.lerp(gradients, 1 - MOMENTUM)
+    change = orthogonalized(gradients.lerp(moved, MOMENTUM))
+    scale = 0.2 * max(weights.shape[1:]) ** 0.5
+    return (torch.where(found_inf == 1, weights, weights * (1 - rate * decay) - rate * scale * change),
+            torch.where(found_inf == 1, momenta, moved))
+
+
+def orthogonalized(matrices: Tensor) -> Tensor:
+    """About U V' of each matrix U S V' of [N, a, b], in bfloat16, by Newton and Schulz's iteration."""
+    a, b, c = COEFFICIENTS
+    tall = matrices.shape[1] > matrices.shape[2]
+    x = (matrices.mT if tall else matrices).bfloat16()
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    for _ in range(ITERATIONS):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if tall else x
+
+
 def as_matrix(weight: Tensor) -> Tensor:
     """A convolution's weight [a, b, k, k] as [a, k * k * b]: a view where it is channels_last."""
     return weight.permute(0, 2, 3, 1).flatten(1)
 
 
-def moving_average(network: nn.Module, decay: float) -> AveragedModel:
-    """Exponential moving average of the weights, its decay warmed up as (1 + n) / (10 + n), which forgets the start."""
-    @torch.no_grad()
-    def update(averages: Any, weights: Any, updates: Tensor | int) -> None:
-        n = int(updates)
-        torch._foreach_lerp_(averages, weights, 1 - min(decay, (1 + n) / (10 + n)))
-
-    return AveragedModel(network, multi_avg_fn=update)
+@torch.no_grad()
+def update_average(average: nn.Module, network: nn.Module, decay: float, step: int, good: Tensor) -> None:
+    """Moves the average's weights towards the network's, its decay warmed up as (1 + n) / (10 + n), n the step."""
+    averages: list[Tensor] = list(average.parameters())
+    weights: list[Tensor] = list(network.parameters())
+    if step == 0 or decay == 0:  # the weights of a bad step are still the old ones
+        torch._foreach_copy_(averages, weights)
+        return
+    towards = torch._foreach_sub(weights, averages)
+    torch._foreach_mul_(towards, good * (1 - min(decay, (1 + step) / (10 + step))))
+    torch._foreach_add_(averages, towards)

@@ -8,13 +8,13 @@ import pytest
 import safetensors.torch
 import torch
 import torch.nn.functional as F
-from conftest import frechet_distance
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from config import UserError
 from support import metrics
 from support.checkpoint import read_tensors, weights_digest
+from tests.conftest import frechet_distance
 
 FONTS = ("DejaVuSans.ttf", "DejaVuSans-Bold.ttf", "DejaVuSerif.ttf", "cmr10.ttf", "STIXGeneral.ttf")
 

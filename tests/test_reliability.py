@@ -7,6 +7,7 @@ dozen, in benchmarks/stress.py.
 import contextlib
 import csv
 import itertools
+import math
 import os
 import re
 import shutil
@@ -102,7 +103,7 @@ def stop_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ctrl-C in that step of the run, and in none after it."""
     taken = train.training_step
 
-    def with_signal(forward: Any, run: train.Run) -> float | None:
+    def with_signal(forward: Any, run: train.Run) -> torch.Tensor:
         if run.step == step - 1:
             monkeypatch.setattr(train, "training_step", taken)
             os.kill(os.getpid(), signal.SIGINT)
@@ -135,8 +136,9 @@ def test_a_step_that_is_not_finite_changes_nothing(broken: Callable[[torch.Tenso
     run = train.new_run(config, cpu, dataset.load(config, "train"), dataset.load(config, "test"))
     loss = train.diffusion_loss
 
-    def step() -> float | None:
-        return train.training_step(run.network, run)
+    def step() -> bool:
+        """Whether it was taken."""
+        return math.isfinite(train.training_step(run.network, run).item())
 
     def everything() -> str:
         path = tmp_path / "all.safetensors"
@@ -145,13 +147,13 @@ def test_a_step_that_is_not_finite_changes_nothing(broken: Callable[[torch.Tenso
         return checkpoint.load(path)["digest"]
 
     run.optimizer.set_rate(1e-3)
-    assert step() is not None
+    assert step()
     before = everything()
     monkeypatch.setattr(train, "diffusion_loss", lambda *arguments: broken(loss(*arguments)))
-    assert step() is None and everything() == before
+    assert not step() and everything() == before
     assert all(parameter.grad is None for parameter in run.network.parameters())
     monkeypatch.setattr(train, "diffusion_loss", loss)
-    assert step() is not None and everything() != before
+    assert step() and everything() != before
 
 
 def test_skipped_steps_are_counted(own_folder: Path, flags: list[str], monkeypatch: pytest.MonkeyPatch,
@@ -189,7 +191,8 @@ def test_weights_that_are_not_finite_are_not_saved(there: Path, flags: list[str]
                                                    capsys: Capture) -> None:
     before = checkpoint.load(LAST)
     monkeypatch.setattr(train, "SAVE_SECONDS", 0.0)
-    monkeypatch.setattr(Optimizer, "step", lambda self: self.matrices[0][1].data.fill_(torch.nan))
+    monkeypatch.setattr(Optimizer, "step",
+                        lambda self, good: self.parts["muon"].param_groups[0]["params"][0].data.fill_(torch.nan))
     line = refused([*flags, "--epochs", "3"], capsys)
     assert "not finite after step 17" in line and str(LAST) in line
     after = checkpoint.load(LAST)
@@ -286,7 +289,7 @@ def test_minutes_used_are_remembered(own_folder: Path, flags: list[str], monkeyp
     """With a clock that a step moves on by a second."""
     clock, taken = SimpleNamespace(seconds=0.0), train.training_step
 
-    def step(*arguments: Any) -> float | None:
+    def step(*arguments: Any) -> torch.Tensor:
         clock.seconds += 1
         if clock.seconds == 4:
             os.kill(os.getpid(), signal.SIGINT)

@@ -5,7 +5,6 @@ import math
 
 import pytest
 import torch
-from conftest import frechet_distance
 from torch import Tensor
 
 import dataset
@@ -14,6 +13,7 @@ from config import UserError
 from dataset import Digits
 from drawing import choose_labels
 from support.statistics import deviation, holm, jackknife_error, mean, student_limit, student_p
+from tests.conftest import frechet_distance
 from yardstick import Row, Yardstick, floor_sets, verdicts
 
 COUNT = 2000  # 20 blocks of labels, the fewest that have errors

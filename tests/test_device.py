@@ -1,0 +1,159 @@
+"""Ready for a GPU, as far as a machine without one can tell: no waits, devices that don't mix, types, and our Muon."""
+
+import copy
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import config as configs
+import dataset
+import train
+from config import Config, ModelConfig
+from dataset import Digits
+from diffusion import diffusion_loss, make_schedule
+from model import UNet
+from support.optimizer import Muon, muon_update, update_average
+from support.runtime import Runtime, compiled
+from tests.conftest import TINY
+
+CPU = Runtime(torch.device("cpu"), bf16=False, compile=False)
+GOOD, BAD = torch.tensor(True), torch.tensor(False)
+
+
+class Watched(TorchDispatchMode):
+    """Counts operations, and those for whose result the host waits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations = self.waits = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.operations += 1
+        self.waits += func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
+        return func(*args, **(kwargs or {}))
+
+
+def tiny_run(*flags: str) -> train.Run:
+    config = configs.parse(["--dataset", "generated", "--batch-size", "8", *TINY, *flags])
+    return train.new_run(config, CPU, dataset.load(config, "train"), dataset.load(config, "test"))
+
+
+@pytest.mark.parametrize("flags", [(), ("--optimizer", "adamw", "--dropout", "0.1", "--attention", "7")])
+def test_a_step_never_waits_for_the_device(flags: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU too, an operation for whose result the host waits can be told by its name."""
+    run = tiny_run(*flags)
+    for name in ("tolist", "numpy", "cpu"):  # these leave no operation
+        monkeypatch.setattr(Tensor, name, lambda *_: pytest.fail("the host waits"))
+    for _ in range(3):
+        with Watched() as watched:
+            run.optimizer.set_rate(1e-3)
+            run.unread.append(train.training_step(run.network, run))
+        run.step += 1
+        assert watched.waits == 0 and watched.operations > 100
+    monkeypatch.undo()
+    with Watched() as watched:
+        bool(run.unread[0] > 0)
+    assert watched.waits == 1
+    train.read_losses(run)
+    assert run.history["running"][1] == 3 and not run.unread
+
+
+def test_losses_are_added_in_order_and_bad_steps_counted() -> None:
+    run = tiny_run()
+    run.unread = [torch.tensor(value) for value in (0.1, 0.7, torch.nan, 0.2, torch.nan, torch.nan)]
+    expected = sum(torch.tensor(value).item() for value in (0.1, 0.7, 0.2))
+    train.read_losses(run)
+    assert run.history["running"] == [expected, 3] and run.history["skipped"] == 3 and run.bad == 2
+
+
+def parameters(shapes: list[tuple[int, ...]]) -> list[nn.Parameter]:
+    random = torch.Generator().manual_seed(1)
+    return [nn.Parameter(torch.randn(shape, generator=random).to(memory_format=torch.channels_last))
+            for shape in shapes]
+
+
+def test_muon_is_torchs_on_matrices_of_many_shapes() -> None:
+    ours = parameters([(8, 16, 3, 3), (24, 8, 1, 1), (8, 16, 3, 3), (16, 8, 2, 2), (8, 16, 3, 3)])
+    theirs = [nn.Parameter(p.detach().permute(0, 2, 3, 1).flatten(1).clone()) for p in ours]
+    options = {"lr": 0.02, "weight_decay": 0.1}
+    muon, expected = Muon(ours, muon_update, **options), torch.optim.Muon(theirs, adjust_lr_fn="match_rms_adamw",
+                                                                         **options)
+    random = torch.Generator().manual_seed(2)
+    for _ in range(4):
+        for own, other in zip(ours, theirs):
+            own.grad = torch.randn(own.shape, generator=random).to(memory_format=torch.channels_last)
+            other.grad = own.grad.permute(0, 2, 3, 1).flatten(1)
+        muon.found_inf = torch.tensor(0.0)
+        muon.step()
+        expected.step()
+        for own, other in zip(ours, theirs):
+            torch.testing.assert_close(own.permute(0, 2, 3, 1).flatten(1), other, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.9])
+def test_the_average_by_hand(decay: float) -> None:
+    network = nn.Linear(3, 2)
+    average = copy.deepcopy(network)
+    for step in range(5):
+        before, good = average.weight.clone(), step != 3
+        if good:
+            network.weight.data.normal_()
+        update_average(average, network, decay, step, GOOD if good else BAD)
+        kept = min(decay, (1 + step) / (10 + step)) if step else 0.0
+        if decay and not good:
+            assert torch.equal(average.weight, before)
+        else:
+            torch.testing.assert_close(average.weight, kept * before + (1 - kept) * network.weight)
+
+
+def loss_of(network: UNet, digits: Digits) -> Tensor:
+    t = torch.randint(1, 1001, (len(digits),), device=digits.labels.device)
+    return diffusion_loss(network, make_schedule(Config().diffusion), digits.images.float(), digits.labels, t,
+                          torch.randn_like(digits.images.float()), clip=True)
+
+
+def test_forward_and_loss_stay_on_one_device() -> None:
+    """On a pretended GPU, where an operation on tensors of two devices fails."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        for attention in ((), (7, 14)):
+            with torch.device("cuda"):
+                network = UNet(ModelConfig(attention=attention))
+                digits = Digits(torch.zeros(4, 1, 28, 28, dtype=torch.uint8), torch.zeros(4, dtype=torch.long))
+            loss = loss_of(network, digits)
+            assert loss.device.type == "cuda" and loss.shape == (4,) and loss.dtype == torch.float32
+
+
+def test_bf16_keeps_the_loss_in_float32() -> None:
+    network, digits = UNet(ModelConfig()), Digits(torch.zeros(2, 1, 28, 28), torch.tensor([3, 10]))
+    seen: list[torch.dtype] = []
+
+    def forward(*arguments: Tensor) -> Tensor:
+        seen.append((answer := network(*arguments)).dtype)
+        return answer
+
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = loss_of(forward, digits)  # type: ignore[arg-type]
+    loss.sum().backward()
+    assert seen == [torch.bfloat16] and loss.dtype == torch.float32
+    assert all(p.dtype == torch.float32 for p in network.parameters())
+
+
+def test_a_compiled_run_learns_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Traced as for a GPU, forward, backward and Muon; benchmarks/gpu.py generates the code, which takes a minute."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager", fullgraph=True))
+    plain = tiny_run()
+    traced = train.new_run(plain.config, Runtime(CPU.device, bf16=False, compile=True), plain.train, plain.test)
+    forward = compiled(traced.network, traced.runtime)
+    for step in range(20):
+        losses = []
+        for run, network in ((plain, plain.network), (traced, forward)):
+            run.optimizer.set_rate(1e-3 * (step + 1))
+            losses.append(train.training_step(network, run).item())
+            run.step += 1
+        assert losses[0] == pytest.approx(losses[1], abs=1e-3), step
+    assert losses[0] < 0.9
