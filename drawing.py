@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -28,6 +29,7 @@ NOISE_STREAM, DIGIT_STREAM = 2, 3  # of random numbers; train.py owns stream 1
 SHOWN = 6  # images in the pictures of the process
 BLOCK = 100  # images whose labels are a design together
 GOLDEN = (5**0.5 - 1) / 2
+_GRAPHS: WeakKeyDictionary[Network, dict[int, Network]] = WeakKeyDictionary()  # by size of batch
 
 
 @dataclass(frozen=True)
@@ -173,7 +175,7 @@ def draw(trained: Trained, order: Order, runtime: Runtime, trace: Trace | None =
     mine = list(chunks.items())[runtime.rank::runtime.world]
     images = torch.zeros(len(order.indices), 1, 28, 28)
     if runtime.device.type == "cuda":
-        trained = replace(trained, network=_graphed(trained.network, order.options, runtime))
+        trained = replace(trained, network=_graphed(trained.network, runtime))
 
     def draw_mine() -> list[tuple[list[int], Any]]:
         bar = tqdm(total=len(mine) * steps, desc="drawing", unit="step", leave=False,
@@ -218,25 +220,37 @@ def _draw_chunk(trained: Trained, order: Order, runtime: Runtime,
     return x[slots].float().cpu()
 
 
-def _graphed(network: Network, options: SampleConfig, runtime: Runtime) -> Network:
-    """The network at the chunk's size as one captured CUDA graph: at this size, launching costs more than computing."""
-    batch = runtime.chunk * (1 if options.guidance == 1 else 2)
-    inputs = (torch.zeros(batch, 1, 28, 28, device=runtime.device),
-              torch.ones(batch, device=runtime.device, dtype=torch.long),
-              torch.zeros(batch, device=runtime.device, dtype=torch.long))
-    with torch.inference_mode(), runtime.autocast():
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(3):  # the libraries choose their kernels before the capture
-                network(*inputs)
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            output = network(*inputs)
+def _graphed(network: Network, runtime: Runtime) -> Network:
+    """The network as captured CUDA graphs: at a chunk's size, launching costs more than computing.
 
-    def replay(*arguments: Tensor) -> Tensor:
-        for static, argument in zip(inputs, arguments):
+    Captured once for each network and size of batch (with guidance it is twice the chunk), and freed with the network,
+    whose weights a graph reads where they lie: in training, previews see them as they are by then.
+    """
+    graphs = _GRAPHS.setdefault(network, {})
+
+    def call(*arguments: Tensor) -> Tensor:
+        size = len(arguments[0])
+        if size not in graphs:
+            graphs[size] = _captured(network, arguments, runtime)
+        return graphs[size](*arguments)
+
+    return call
+
+
+def _captured(network: Network, arguments: Sequence[Tensor], runtime: Runtime) -> Network:
+    inputs = [argument.clone() for argument in arguments]
+    side = torch.cuda.Stream(runtime.device)
+    side.wait_stream(torch.cuda.current_stream(runtime.device))
+    with torch.cuda.stream(side):
+        for _ in range(3):  # the libraries choose their kernels before the capture
+            network(*inputs)
+    torch.cuda.current_stream(runtime.device).wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = network(*inputs)
+
+    def replay(*arguments: Tensor) -> Tensor:  # holds no network, so that _GRAPHS can forget it
+        for static, argument in zip(inputs, arguments, strict=True):
             static.copy_(argument)
         graph.replay()
         return output.clone()

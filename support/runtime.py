@@ -46,7 +46,8 @@ class Runtime:
             print(*words, flush=True)
 
     def autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
+        # Without its cache of cast weights, which a captured graph would go on reading after it was freed.
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16, cache_enabled=False)
 
     def barrier(self) -> None:
         if self.world > 1:

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import config as configs
 import dataset
+import drawing
 import train
 from config import Config, ModelConfig
 from dataset import Digits
@@ -109,6 +110,26 @@ def test_the_average_by_hand(decay: float) -> None:
             assert torch.equal(average.weight, before)
         else:
             torch.testing.assert_close(average.weight, kept * before + (1 - kept) * network.weight)
+
+
+def test_a_graph_is_captured_once_and_goes_with_its_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    captured: list[int] = []
+
+    def capture(network: Any, arguments: Any, runtime: Runtime) -> Any:
+        captured.append(len(arguments[0]))
+        return lambda x, t, label: x + len(x)
+
+    monkeypatch.setattr(drawing, "_captured", capture)
+    drawing._GRAPHS.clear()
+    network, other = nn.Linear(1, 1), nn.Linear(1, 1)
+    for module, sizes in ((network, (3, 6, 3)), (network, (6,)), (other, (3,))):
+        graphed = drawing._graphed(module, CPU)
+        for size in sizes:
+            assert torch.equal(graphed(torch.zeros(size), torch.zeros(size), torch.zeros(size)),
+                               torch.full((size,), size))
+    assert captured == [3, 6, 3] and len(drawing._GRAPHS) == 2
+    del network, other, module, graphed
+    assert len(drawing._GRAPHS) == 0
 
 
 def loss_of(network: UNet, digits: Digits) -> Tensor:
