@@ -43,7 +43,7 @@ class ModelConfig:
 
     channels: tuple[Channels, Channels, Channels] = (16, 32, 96)  # channels at 28, 14 and 7 pixels
     blocks: tuple[Blocks, Blocks, Blocks] = (1, 2, 2)  # residual blocks at each, on the way down and up again
-    attention: tuple[Literal[28, 14, 7], ...] = ()  # resolutions with self-attention, such as 7 or 14 7
+    attention: tuple[Literal[28, 14, 7], ...] = (7,)  # resolutions with self-attention; give none for no attention
     embedding: Annotated[int, Ge(2), Le(65536), MultipleOf(2)] = 128  # width of the embedding of time and digit
     groups: Annotated[int, Ge(1), Le(4096)] = 8  # groups of each GroupNorm; has to divide every channel count
     dropout: Annotated[float, Ge(0), Lt(1)] = 0.0  # share of activations dropped inside residual blocks

@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -187,6 +188,17 @@ def quality(row: Mapping[str, Any]) -> tuple[str, ...]:
     """Cells for QUALITY of what a judge found."""
     distances = (f"{row[key]:.2f} ± {row[f'{key}_error']:.2f}" if key in row else "-" for key in ("within", "frechet"))
     return *distances, f"{row['ink']:.3f}", f"{row['sure']:.1%}", f"{row['asked']:.1%}" if "asked" in row else "-"
+
+
+class Operations(TorchDispatchMode):
+    """Counts the operations that are launched within the block, and those for whose result the host waits."""
+
+    count = waits = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += 1
+        self.waits += func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
+        return func(*args, **(kwargs or {}))
 
 
 # Telling
