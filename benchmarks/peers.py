@@ -44,7 +44,7 @@ from torch import Tensor, nn
 from config import UserError
 from dataset import Digits
 from drawing import choose_labels
-from support import plots, runtime
+from support import runtime
 from support.files import write_atomically
 from support.runtime import Runtime, compiled, to_uint8, to_unit
 
@@ -114,35 +114,8 @@ def diffusers(digits: Digits, here: Runtime, options: Namespace, prediction: str
     return Contender(network, step, draw)
 
 
-def denoising_diffusion(digits: Digits, here: Runtime, options: Namespace, lr: float = 8e-5) -> Contender:
-    from denoising_diffusion_pytorch import GaussianDiffusion, Unet
-    from ema_pytorch import EMA
-
-    network = Unet(dim=16, dim_mults=(1, 2, 4), channels=1)
-    diffusion = GaussianDiffusion(network, image_size=28, timesteps=LONG, sampling_timesteps=STEPS).to(here.device)
-    optimizer = torch.optim.Adam(diffusion.parameters(), lr=lr, betas=(0.9, 0.99))
-    average = EMA(diffusion, beta=0.995, update_every=10).to(here.device)
-    forward = compiled(diffusion, here)
-
-    def step(progress: float) -> None:
-        x0, _ = some(digits)
-        with here.autocast():
-            loss = forward((x0 + 1) / 2)
-        descend(loss, diffusion, optimizer)
-        average.update()
-
-    def draw(count: int) -> tuple[Tensor, None]:
-        model = average.ema_model.eval()
-        with torch.inference_mode(), here.autocast():
-            chunks = [model.sample(batch_size=min(CHUNK, count - done)) for done in range(0, count, CHUNK)]
-        return to_uint8(torch.cat(chunks).float() * 2 - 1).cpu(), None
-
-    return Contender(network, step, draw, labelled=False)
-
-
 CONTENDERS: dict[str, Callable[..., Contender]] = {
-    "ours": ours, "diffusers": diffusers, "diffusers v": partial(diffusers, prediction="v_prediction"),
-    "ddp": denoising_diffusion, "ddp 1e-3": partial(denoising_diffusion, lr=1e-3)}
+    "ours": ours, "diffusers": diffusers, "diffusers v": partial(diffusers, prediction="v_prediction")}
 
 
 def some(digits: Digits) -> tuple[Tensor, Tensor]:
@@ -205,29 +178,8 @@ def show(report: dict[str, Any]) -> str:
 
 
 def save(report: dict[str, Any], path: Path) -> None:
-    """The report as JSON, and beside it a picture of quality against minutes."""
     text = json.dumps(report, indent=1) + "\n"
     write_atomically(path, lambda file: file.write(text.encode()))
-    curves: dict[str, list[tuple[float, float]]] = {}
-    for row in report["quality"]:
-        curves.setdefault(row["name"], []).append((row["minutes"], row["frechet"]))
-    if curves:
-        save_frontier(path.with_suffix(".png"), curves, {"machine": report["machine"]})
-
-
-def save_frontier(path: Path, curves: dict[str, list[tuple[float, float]]], metadata: dict[str, str]) -> None:
-    """PNG of quality against time: a curve of (minutes of training, Fréchet distance over its floor) for each name."""
-    colours = plots.BLUE, plots.ORANGE, plots.GREEN, "#cc79a7", "#e69f00"  # one for each of the contenders
-    with plots.open_figure(path, 1125, 690, metadata) as figure:
-        axes = figure.subplots()
-        axes.set(title="Quality over time", xlabel="minutes of training", ylabel="Fréchet distance (real images: 1)")
-        axes.axhline(1, label="real images", **plots.LANDMARK)
-        for colour, (name, points) in zip(colours, curves.items()):
-            axes.loglog(*zip(*sorted(points)), "o-", color=colour, label=name)
-        measured = sorted({minutes for points in curves.values() for minutes, _ in points})
-        axes.set_xticks(measured, [f"{minutes:g}" for minutes in measured])
-        axes.set_xticks([], minor=True)
-        figure.legend(loc="outside right center")
 
 
 def compare(options: Namespace, here: Runtime) -> dict[str, Any]:
@@ -272,7 +224,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--minutes", type=float, default=10, help="of training for each; judged at 1/4 and 1/2 as well")
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="cpu: the process's, over threads")
     parser.add_argument("--only", nargs="+", choices=CONTENDERS, default=list(CONTENDERS), help="train these alone")
-    parser.add_argument("--out", type=Path, default=common.HERE / "peers.json", help="and a picture beside it")
+    parser.add_argument("--out", type=Path, default=common.HERE / "peers.json", help="what is measured already is kept")
     options = parser.parse(argv)
     with runtime.start(common.config_of(options)) as here:
         if here.device.type == "cuda" and options.clock == "cpu":
@@ -281,7 +233,7 @@ def main(argv: list[str]) -> None:
             report = compare(options, here)
         except ImportError as error:
             raise UserError(f"{error}: pip install -r benchmarks/requirements.txt, or --only ours") from None
-    print(f"{show(report)}\n\n{options.out}\n{options.out.with_suffix('.png')}")
+    print(f"{show(report)}\n\n{options.out}")
 
 
 if __name__ == "__main__":

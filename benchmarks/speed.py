@@ -1,17 +1,15 @@
-"""Where the time goes, counted before it is measured: two floors, each phase's distance from them, and the levers.
+"""Where the time goes, counted before it is measured: two floors, and each phase's distance from them.
 
     python benchmarks/speed.py --threads 2 > speed.md
-    python benchmarks/speed.py --device cuda --compile
+    python benchmarks/speed.py --device cuda
 
 Whatever is compared is measured in turn (A B A B ...) and given as a median, so a busy machine is unfair to none.
 The reference network is a re-creation, from its public description, of the one this project grew out of: matched in
 parameters and operations, not in every layer. No trained weights are needed: time does not depend on them.
 """
 
-import argparse
 import contextlib
 import statistics
-import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
@@ -29,7 +27,7 @@ from diffusion import diffusion_loss, make_schedule
 from model import UNet, time_features
 from support import runtime as runtimes
 from support.optimizer import Optimizer
-from support.runtime import Clock, Runtime, to_unit
+from support.runtime import Clock, to_unit
 
 # The calls of train.training_step that make up its time.
 PHASES: dict[str, tuple[Any, str]] = {
@@ -98,21 +96,6 @@ def reference_step(ours: train.Run) -> Callable[[], None]:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-
-    return step
-
-
-def gradient_step(run: train.Run, runtime: Runtime, memory_format: torch.memory_format) -> Callable[[], None]:
-    """Forward, loss and backward alone, in one precision and memory layout."""
-    network = UNet(run.config.model).to(runtime.device).to(memory_format=memory_format).train()
-    images, labels, t, noise = train.batch(run)
-    forward = runtimes.compiled(network, runtime)
-
-    def step() -> None:
-        with runtime.autocast():
-            loss = diffusion_loss(forward, run.schedule, images, labels, t, noise, run.config.train.clip_loss).mean()
-        loss.backward()
-        network.zero_grad()
 
     return step
 
@@ -231,37 +214,6 @@ def show_training(trainee: Trainee, took: dict[Any, float], floor: float, steps:
         (f"reference, re-created, batch {REFERENCE_BATCH}", *sizes[1], f"{theirs:,.0f}", "1.00")])
 
 
-def show_levers(run: train.Run, options: argparse.Namespace) -> None:
-    """Forward and backward alone: precision, memory layout, torch.compile."""
-    plain, fast = replace(run.runtime, bf16=False, compile=False), replace(run.runtime, compile=True)
-    work = {"fp32, channels_last": gradient_step(run, plain, torch.channels_last),
-            "fp32, contiguous": gradient_step(run, plain, torch.contiguous_format)}
-    if run.runtime.device.type != "mps":
-        work["bf16 autocast, channels_last"] = gradient_step(run, replace(plain, bf16=True), torch.channels_last)
-    note = "torch.compile: not measured here (--compile measures it)."
-    if options.compile:
-        cold, warm = compile_times(run, fast)
-        note = f"Compiling takes {cold:.1f} s with an empty cache and {warm:.1f} s with a full one."
-        precision = "bf16" if fast.bf16 else "fp32"
-        work[f"{precision}, channels_last, compiled"] = gradient_step(run, fast, torch.channels_last)
-    took = interleaved(work, options.repeats, run.runtime, options.calls)
-    batch, base = run.config.train.batch_size, took["fp32, channels_last"]
-    show("Levers: forward and backward alone", ("variant", "images/s", "times fp32 channels_last"),
-         [(name, f"{batch / value:,.0f}", f"{base / value:.2f}") for name, value in took.items()], note)
-
-
-def compile_times(run: train.Run, runtime: Runtime) -> list[float]:
-    """Seconds of the first compiled step with an empty cache, and again with the cache that it left."""
-    clock = Clock(runtime)
-    with tempfile.TemporaryDirectory() as cache, torch._inductor.utils.fresh_cache(dir=cache):
-        for phase in ("cold", "warm"):
-            torch._dynamo.reset()
-            clock.lap("before")
-            gradient_step(run, runtime, torch.channels_last)()
-            clock.lap(phase)
-    return [seconds for phase, seconds in clock.laps if phase != "before"]
-
-
 def show_drawing(trainee: Trainee, repeats: int) -> None:
     """The default sampler against ancestral sampling over all noise levels."""
     options, timesteps = trainee.run.config.sample, trainee.run.schedule.timesteps
@@ -279,9 +231,8 @@ def main(argv: list[str]) -> None:
     parser = Parser(__doc__, "--data-dir", "--device", "--precision", "--threads", "--repeats")
     parser.add_argument("--calls", type=int, default=3, help="training steps in one measurement")
     parser.add_argument("--steps", type=int, default=20, help="training steps in the table of phases")
-    parser.add_argument("--compile", action="store_true", help="use torch.compile, and time it cold and warm")
     options = parser.parse(argv)
-    config = config_of(options, "--compile", "on" if options.compile else "auto")
+    config = config_of(options, "--compile", "off")
     with runtimes.start(config) as runtime:
         trainee = Trainee(config, runtime, *load_digits(config, runtime.device))
         for _ in range(10):
@@ -298,7 +249,6 @@ def main(argv: list[str]) -> None:
         floor = show_floors(trainee.run, rates, options.repeats)
         show_training(trainee, took, floor, options.steps)
         print(f"\nPeak memory of training: {memory / 1e9:.2f} GB.")
-        show_levers(trainee.run, options)
         show_drawing(trainee, options.repeats)
 
 

@@ -2,21 +2,18 @@
 
     python benchmarks/stress.py --kills 20
 
-Also: stop signals, two and four processes as torchrun starts them, one of them dying, and a disk that is full. It saves
-after every step, so that many kills fall into a save; data and network are tiny. Prints counts, and exits with status
-1 on any difference.
+Also: stop signals, and two and four processes as torchrun starts them. It saves after every step, so that many kills
+fall into a save; data and network are tiny. Prints counts, and exits with status 1 on any difference.
 """
 
 import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -145,52 +142,7 @@ def several_processes(place: Path, expected: Learned) -> str:
     return f"2 and 4 processes learn what 1 does, and a run moves from 2 to 4 to 1: losses equal to {max(apart):.0e}"
 
 
-def dying_rank(place: Path, expected: Learned) -> str:
-    """kill -9 of one process of two ends both, with a checkpoint behind them, and the same command carries on."""
-    run = Run(place, "dying")
-    for dying, other in ((0, 1), (1, 0)):
-        programs, target = run.start_ranks(2), run.steps() + 5
-        run.wait_for_step(target, programs[0])
-        time.sleep(random.uniform(0, 0.3))
-        programs[dying].kill()
-        assert end(programs[other]) != 0, "a death was taken for success"
-        assert run.steps() >= target, "no checkpoint was left behind"
-    for program in run.start_ranks(2):
-        program.finish(seconds=PATIENCE)
-    apart = assert_close(expected, learned(run.folder))
-    return f"2 deaths of one process in two survived: losses equal to {apart:.0e}"
-
-
-def full_disk(place: Path, expected: Learned) -> str:
-    """A disk that fills up in training: one line, status 2, the last checkpoint whole; with room again, it goes on."""
-    run, failures, disk = Run(place, "full"), 4, place / "disk"
-    disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", disk], capture_output=True).returncode:
-        return "skipped: no small disk can be mounted here (it takes Linux and root)"
-    try:
-        for name in ("checkpoints", "results"):
-            (disk / name).mkdir()
-            (run.folder / name).symlink_to(disk / name)
-        for _ in range(failures):
-            program, reached = run.start(), run.steps() + 3
-            run.wait_for_step(reached, program)
-            time.sleep(random.uniform(0, 0.2))
-            with suppress(OSError), open(disk / "ballast", "wb", buffering=0) as ballast:
-                while ballast.write(bytes(4096)):
-                    pass
-            program.finish(2, PATIENCE)
-            (disk / "ballast").unlink()
-            assert [line.count("No space left") for line in program.lines()] == [1], program.lines()
-            assert run.steps() >= reached, "a checkpoint was lost"
-        run.start().finish(seconds=PATIENCE)
-        assert_same(expected, learned(run.folder))
-    finally:
-        subprocess.run(["umount", "-l", disk], check=True)
-    return f"{failures} times out of space, each with one line and a whole checkpoint: bitwise the same in the end"
-
-
-PARTS: dict[str, Callable[..., str]] = {"kills": survive_kills, "stops": survive_stops, "processes": several_processes,
-                                        "deaths": dying_rank, "disk": full_disk}
+PARTS: dict[str, Callable[..., str]] = {"kills": survive_kills, "stops": survive_stops, "processes": several_processes}
 
 
 def main(argv: list[str]) -> int:
