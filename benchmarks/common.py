@@ -118,13 +118,13 @@ class Trainee:
         return to_uint8(drawing.draw(trained, order, run.runtime)), labels
 
 
-def count(network: nn.Module, labelled: bool = True) -> tuple[int, float]:
+def count(network: nn.Module) -> tuple[int, float]:
     """Parameters, and 10^9 operations of one forward of one image, a multiply-add counted as two."""
     home = next(network.parameters()).device
     one = torch.ones(1, dtype=torch.long, device=home)
     # Attention as plain matrix products, since not every fused kernel is counted.
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        network.eval()(torch.zeros(1, 1, 28, 28, device=home), one, *[one] * labelled)
+        network.eval()(torch.zeros(1, 1, 28, 28, device=home), one, one)
     return sum(p.numel() for p in network.train().parameters()), counter.get_total_flops() / 1e9
 
 

@@ -1,16 +1,15 @@
-"""Side by side with what one would pick instead, in one run on one machine: diffusers, denoising-diffusion-pytorch.
+"""Side by side with what one would pick instead, diffusers, in one run on one machine.
 
     pip install -r benchmarks/requirements.txt
     python benchmarks/peers.py --minutes 10 --threads 2
     python benchmarks/peers.py --minutes 10 --threads 1 --clock cpu        (a shared machine)
 
 Speed is measured in turn (A B C A B C ...), quality after the same minutes of training for each. Every finished run is
-kept in peers.json, and the same command again goes on with what is missing. The libraries download nothing; MNIST
-itself is fetched only where --data-dir lacks it.
+kept in peers.json, and the same command again goes on with what is missing.
 
 Settings, meant to be fair. All: the same images on the device, batch 64, gradient norm clipped at 1, the averaged
-weights drawn with 10 network evaluations and no guidance, 2,000 images judged by the Fréchet distance to the test
-images, whose floor is the mean of five sets of real ones; the clock stops while images are judged.
+weights drawn with 15 network evaluations and no guidance, 2,000 images with the same labels judged by `yardstick.py`;
+the clock stops while images are judged.
   ours         the defaults of config.py; each length of training is a run of its own, since the rate decays over a run
   diffusers    UNet2DModel with widths 16-32-64 and attention at 7x7, one layer a block: about as many parameters as
                ours; told the digit (num_class_embeds); DDPMScheduler squaredcos_cap_v2, noise prediction, T = 1000;
@@ -18,10 +17,6 @@ images, whose floor is the mean of five sets of real ones; the clock stops while
                drawn by DPMSolverMultistepScheduler with lambda_min_clipped -5.1, which its documentation asks for with
                this schedule, and thresholding, which it advises in pixel space
   diffusers v  the same with its v_prediction, which suits few steps better, though it is not what it does by itself
-  ddp          denoising-diffusion-pytorch's Unet(dim=16, dim_mults=(1, 2, 4)), about as many parameters, unconditional
-               as it comes; GaussianDiffusion's defaults (v, sigmoid schedule, T = 1000); Adam at 8e-5 with betas 0.9,
-               0.99 and EMA 0.995 every 10 steps, as its readme; drawn by its DDIM
-  ddp 1e-3     the same with Adam at 1e-3, since 8e-5 is meant for far longer runs
 """
 
 import json
@@ -48,7 +43,7 @@ from support import runtime
 from support.files import write_atomically
 from support.runtime import Runtime, compiled, to_uint8, to_unit
 
-STEPS, LONG = 10, 1000  # network evaluations: of what is judged, and of ancestral sampling
+STEPS, LONG = 15, 1000  # network evaluations: of what is judged, and of ancestral sampling
 FRACTIONS = (0.25, 0.5, 1.0)  # of the minutes, at which quality is measured
 BATCH, CHUNK = 64, 250  # images in a training step of all, and in a call of the peers' networks when they draw
 
@@ -60,7 +55,6 @@ class Contender:
     network: nn.Module
     step: Callable[[float], Any]
     draw: Callable[[int], tuple[Tensor, Tensor | None]]
-    labelled: bool = True  # the network takes a label
 
 
 def ours(digits: Digits, here: Runtime, options: Namespace) -> Contender:
@@ -139,7 +133,7 @@ def measure_speed(contenders: dict[str, Contender], here: Runtime, options: Name
     drawing = common.interleaved(draws, max(3, options.repeats // 2), here)
     speed = {}
     for name, contender in contenders.items():
-        parameters, gflop = common.count(contender.network, contender.labelled)
+        parameters, gflop = common.count(contender.network)
         speed[name] = {"parameters": parameters, "gflop": round(gflop, 4), "seconds_per_256": round(drawing[name], 4),
                        "images_per_s": round(BATCH / training[name], 1)}
     return speed
