@@ -15,7 +15,6 @@ from torch import Tensor
 
 import config as configs
 import dataset
-import yardstick
 from config import CLASSES, RESERVED, Config, UserError
 from drawing import Order, Trained, draw, guided, load_trained, origin
 from samplers import spaced_timesteps
@@ -23,7 +22,8 @@ from support import checkpoint, plots
 from support.files import make_folder, write_atomically
 from support.runtime import Clock, Runtime, to_uint8
 from support.statistics import aligned
-from yardstick import HEADLINE, Row, Verdict, Yardstick
+from verdict import FEWEST_RUNS, HEADLINE, SPREAD, Verdict, smallest_shown, verdicts
+from yardstick import FEWEST_BLOCKS, Row, Yardstick, judge
 
 SHOWN = 12  # pairs of digits in compare.png
 ALIKE = 0.1  # relative difference in images seen, or in time, from which it is called out
@@ -44,7 +44,7 @@ def run(config: Config, runtime: Runtime) -> None:
     if config.compare.runs is None:
         raise UserError("--mode compare: it needs two sides; add --runs A B, such as --runs pretrained mine")
     count = config.sample.num_images or 10_000
-    fewest = 100 * yardstick.FEWEST_BLOCKS
+    fewest = 100 * FEWEST_BLOCKS
     if count < fewest:
         raise UserError(f"--num-images {count}: an interval takes at least {fewest:,} images; draw more")
     a, b = sides = [load_side(text, config, count, runtime) for text in config.compare.runs]
@@ -53,7 +53,6 @@ def run(config: Config, runtime: Runtime) -> None:
         config = replace(config, dataset=data["name"])
     config = dataset.resolve(config, runtime)
     train, test = (dataset.load_shared(config, split, runtime) for split in ("train", "test"))
-    yardstick.require_known(config, train)
     if data.get("digest") != dataset.describe(train, "")["digest"]:
         raise UserError(f"--dataset {config.dataset}: the runs were trained on other images ({data.get('name')}); name "
                         "the data set that they were trained on")
@@ -62,7 +61,10 @@ def run(config: Config, runtime: Runtime) -> None:
         runtime.say(line)
     clock.lap("load")
     made: list[Yardstick] = []
-    runtime.only_first(lambda: made.append(Yardstick(train, test, a.orders[0].labels)))
+    if int((train.labels != train.labels[0]).sum()) == 0:
+        raise UserError(f"--dataset {config.dataset}: all images are of one class, and what decides is judged by a "
+                        "classifier of classes; look at --mode evaluate instead")
+    runtime.only_first(lambda: made.append(Yardstick(train, test, a.orders[0].labels, judge(config, train, test))))
     clock.lap("look at real images")
     rows: list[list[Row]] = [[], []]
     pictures: list[Tensor] = []
@@ -75,7 +77,7 @@ def run(config: Config, runtime: Runtime) -> None:
                 measured.append(made[0].measure(images, order.labels, neighbours=number == 0))
     clock.lap("draw and measure")
     if runtime.first:
-        found = yardstick.verdicts(rows[0], rows[1], made[0].floor, len(made[0].sets))
+        found = verdicts(rows[0], rows[1], made[0].floor, len(made[0].sets))
         print(table(found, made[0].floor, count))
         print(conclusion(a, b, rows, found))
         write(folder, sides, rows, found, pictures)
@@ -190,7 +192,7 @@ def conclusion(a: Side, b: Side, rows: list[list[Row]], found: list[Verdict]) ->
     judged = f"b is {headline.word}" if headline.word in ("better", "worse") else headline.word
     said = [f"Distance within classes, which decides: {change}; {judged}. The other verdicts are corrected for their "
             "number (Holm)."]
-    spread = f"{yardstick.SPREAD[HEADLINE]:.0%}"
+    spread = f"{SPREAD[HEADLINE]:.0%}"
     if len(a.trained) == len(b.trained) == 1:
         if a.trained[0].digest == b.trained[0].digest:
             said.append("Both sides are the same network, drawn in two ways.")
@@ -199,10 +201,10 @@ def conclusion(a: Side, b: Side, rows: list[list[Row]], found: list[Verdict]) ->
                         f"differ by their seed alone differ by {spread} (standard deviation, after five minutes of "
                         "one thread). Train three a side to compare recipes.")
         return "\n".join(said)
-    if min(len(a.trained), len(b.trained)) < yardstick.FEWEST_RUNS:
-        said.append(f"With fewer than {yardstick.FEWEST_RUNS} trainings on a side, the spread between them is taken as "
+    if min(len(a.trained), len(b.trained)) < FEWEST_RUNS:
+        said.append(f"With fewer than {FEWEST_RUNS} trainings on a side, the spread between them is taken as "
                     f"known, {spread}: measured once, over 8 trainings of the default, at 10,000 images.")
-    smallest = yardstick.smallest_shown(rows[0], rows[1])
+    smallest = smallest_shown(rows[0], rows[1])
     said.append(f"So many trainings call observed differences of {smallest:.0%} or more.")
     return "\n".join(said)
 

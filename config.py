@@ -119,8 +119,9 @@ class Config:
 
     mode: Literal["train", "sample", "evaluate", "compare"] = "train"  # what `python run.py` does
     name: RunName | None = None  # name of the run, in checkpoints/ and results/; unset: the data set's name
-    dataset: Literal["auto", "mnist", "generated", "idx"] = "auto"  # auto: mnist, else, offline, the generated digits
-    data_dir: Path | None = None  # folder of mnist/MNIST/raw, or of four IDX files; unset: dataset/
+    # auto: mnist, else, offline, the generated digits that ship; idx: four files of your own in --data-dir
+    dataset: Literal["auto", "mnist", "fashion-mnist", "kmnist", "generated", "idx"] = "auto"
+    data_dir: Path | None = None  # folder of mnist/MNIST/raw and others, or of IDX files; unset: dataset/
     seed: Annotated[int, Ge(0), Lt(2**63)] = 0  # every random number follows from it
     device: Device = "auto"  # cuda, cuda:1, mps, cpu, or auto: the first of these that is there
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 on CUDA, fp32 elsewhere

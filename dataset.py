@@ -1,7 +1,7 @@
-"""MNIST, or any 28x28 IDX files, as two tensors (uint8 images, labels) that live on the device; the batch of a step.
+"""MNIST and its like, or any 28x28 IDX files, as two tensors (uint8 images, labels) that live on the device.
 
-Each file is verified before it is used: header and size always, the MD5 of the unpacked file where it is known.
-A missing MNIST is downloaded; what arrives takes its place only once it is verified.
+Each file is verified before it is used: header and size always, the MD5 where it is known. A missing data set is
+downloaded; what arrives takes its place only once it is verified. Also the batch of a step.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from http.client import HTTPException
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -36,6 +36,14 @@ MNIST_MD5 = {"train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
              "train-labels-idx1-ubyte": "a25bea736e30d166cdddb491f175f624",
              "t10k-images-idx3-ubyte": "2646ac647ad5339dbf082846283269ea",
              "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637"}
+FASHION_MD5 = {"train-images-idx3-ubyte.gz": "8d4fb7e6c68d591d4c3dfef9ec88bf0d",
+               "train-labels-idx1-ubyte.gz": "25c81989df183df01b3e8a0aad5dffbe",
+               "t10k-images-idx3-ubyte.gz": "bef4ecab320f06d8554ea6380940ec79",
+               "t10k-labels-idx1-ubyte.gz": "bb300cfdad3c16e7a12a480ee83cd310"}
+KMNIST_MD5 = {"train-images-idx3-ubyte.gz": "bdb82020997e1d708af4cf47b453dcf7",
+              "train-labels-idx1-ubyte.gz": "e144d726b3acfaa3e44228e80efcd344",
+              "t10k-images-idx3-ubyte.gz": "5c965bf0a639b31b8f53240b1b52f4d7",
+              "t10k-labels-idx1-ubyte.gz": "7320c461ea6c1c855c0b718fb2a4b134"}
 MNIST_DIGEST = "d18cfd466eb143ac"  # of its training images and labels, as `describe` gives it
 GENERATED = ROOT / "dataset" / "generated"  # drawn by benchmarks/generate_digits.py
 GENERATED_MD5 = {"train-images-idx3-ubyte": "966bf8c918c4a4f7ff76fe7ddd98fee7",
@@ -49,11 +57,31 @@ NOTICE = """
  MNIST's four files into its folder, or run again with a network.
 ==============================================================================
 """
+CLASS_NAMES = {"fashion-mnist": ("T-shirt", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag",
+                                 "Ankle boot"),
+               "kmnist": ("o", "ki", "su", "tsu", "na", "ha", "ma", "ya", "re", "wo")}
 SIZE = 28
 HEADERS = {"images": (0x803, [SIZE, SIZE]), "labels": (0x801, [])}  # of IDX files: first number, shape of one item
 MAX_IMAGES = 1_000_000  # so that a header, or a small .gz file, can't ask for all the memory there is
 TIMEOUT = 20.0  # seconds without an answer after which a download gives up
 ORDER_STREAM = 8  # of random numbers; see train.py, drawing.py, likelihood.py and evaluate.py for the others
+
+
+class Source(NamedTuple):
+    """A data set that torchvision fetches.
+
+    MNIST's files are known by their content; of the others' only the .gz that arrive, which are kept and read.
+    """
+
+    kind: str  # its class in torchvision.datasets
+    folder: Path  # where torchvision keeps it, if it is given our root/<name>
+    digests: dict[str, str]  # file -> MD5
+    megabytes: int  # to fetch
+
+
+SOURCES = {"mnist": Source("MNIST", RAW, MNIST_MD5, 12),
+           "fashion-mnist": Source("FashionMNIST", Path("fashion-mnist", "FashionMNIST", "raw"), FASHION_MD5, 31),
+           "kmnist": Source("KMNIST", Path("kmnist", "KMNIST", "raw"), KMNIST_MD5, 21)}
 
 
 @dataclass(frozen=True)
@@ -77,9 +105,9 @@ def resolve(config: Config, runtime: Runtime) -> Config:
 
     def choose() -> str:
         root = data_folder(config)
-        if not _has_mnist(root):
+        if not _has(root, "mnist"):
             try:
-                download_mnist(root)
+                download("mnist", root)
             except UserError as error:
                 print(f"{error}\n{NOTICE}", flush=True)
                 return "generated"
@@ -92,13 +120,14 @@ def load(config: Config, split: str) -> Digits:
     """The split, "train" or "test", of the data set that config means; raises UserError."""
     if config.dataset == "generated":
         return load_generated(split)
-    return (load_idx if config.dataset == "idx" else load_mnist)(data_folder(config), split)
+    root = data_folder(config)
+    return load_idx(root, split) if config.dataset == "idx" else load_known(config.dataset, root, split)
 
 
 def data_folder(config: Config) -> Path:
-    """--data-dir; unset, the dataset/ of the current folder, or the one beside the code if only that has MNIST."""
-    here, ours = Path("dataset"), ROOT / "dataset"
-    return config.data_dir or (ours if _has_mnist(ours) and not _has_mnist(here) else here)
+    """--data-dir; unset, the dataset/ of the current folder, or the one beside the code if only that has the data."""
+    here, ours, name = Path("dataset"), ROOT / "dataset", "mnist" if config.dataset == "auto" else config.dataset
+    return config.data_dir or (ours if _has(ours, name) and not _has(here, name) else here)
 
 
 def describe(digits: "Digits", name: str) -> dict[str, Any]:
@@ -124,9 +153,21 @@ def load_shared(config: Config, split: str, runtime: Runtime) -> Digits:
 
 def load_mnist(root: Path, split: str) -> Digits:
     """The MNIST of root/mnist/MNIST/raw, known by its MD5s, downloaded if it is not there; raises UserError."""
-    if not all(_find(root / RAW, name) for name in FILES[split]):
-        download_mnist(root)
-    return _read_split(root / RAW, split, MNIST_MD5, "delete it to have it downloaded again, or replace it")
+    return load_known("mnist", root, split)
+
+
+def load_known(name: str, root: Path, split: str) -> Digits:
+    """Likewise for any of the SOURCES, each in its folder of the root."""
+    source = SOURCES[name]
+    if not all(_find(root / source.folder, file, source.digests) for file in FILES[split]):
+        download(name, root)
+    return _read_split(root / source.folder, split, source.digests,
+                       "delete it to have it downloaded again, or replace it")
+
+
+def class_name(data: str, k: int) -> str:
+    """What a class of that data set is called: its number, and its name if it has one."""
+    return f"{k} ({CLASS_NAMES[data][k]})" if data in CLASS_NAMES else str(k)
 
 
 def load_idx(folder: Path, split: str) -> Digits:
@@ -135,12 +176,14 @@ def load_idx(folder: Path, split: str) -> Digits:
     return _read_split(raw if os.path.isdir(raw) else folder, split, {}, "replace it, or choose another --data-dir")
 
 
-def _has_mnist(root: Path) -> bool:
-    return all(_find(root / RAW, name) for name in MNIST_MD5)
+def _has(root: Path, name: str) -> bool:
+    return name in SOURCES and all(_find(root / SOURCES[name].folder, file, SOURCES[name].digests)
+                                   for files in FILES.values() for file in files)
 
 
-def _find(folder: Path, name: str) -> Path | None:
-    return next((path for path in (folder / name, folder / f"{name}.gz") if os.path.isfile(path)), None)
+def _find(folder: Path, name: str, digests: Mapping[str, str]) -> Path | None:
+    names = (f"{name}.gz",) if f"{name}.gz" in digests else (name, f"{name}.gz")
+    return next((folder / name for name in names if os.path.isfile(folder / name)), None)
 
 
 def _read_split(folder: Path, split: str, digests: Mapping[str, str], advice: str) -> Digits:
@@ -153,10 +196,10 @@ def _read_split(folder: Path, split: str, digests: Mapping[str, str], advice: st
 
 def _read_idx(folder: Path, name: str, digests: Mapping[str, str], advice: str) -> NDArray[np.uint8]:
     """Images uint8 [N, 28, 28] or labels uint8 [N] of one IDX file; raises UserError unless all of it is right."""
-    path = _find(folder, name)
+    path = _find(folder, name, digests)
     if path is None:
-        raise UserError(f"{folder / name}: there is no such file that can be read; put {', '.join(MNIST_MD5)} into "
-                        "that folder, or choose another --data-dir")
+        raise UserError(f"{folder / name}: there is no such file that can be read; put "
+                        f"{', '.join(digests or MNIST_MD5)} into that folder, or choose another --data-dir")
 
     def bad(problem: str) -> UserError:
         return UserError(f"{path}: {problem}; {advice}")
@@ -182,38 +225,42 @@ def _read_idx(folder: Path, name: str, digests: Mapping[str, str], advice: str) 
                   "header promises")
     if kind == "labels" and max(body) >= CLASSES:
         raise bad(f"it holds the label {max(body)}, but only the classes 0 to {CLASSES - 1} are possible")
-    digest = hashlib.md5(header + body, usedforsecurity=False).hexdigest()
-    if digest != digests.get(name, digest):
+    packed = f"{name}.gz" in digests
+    digest = hashlib.md5(path.read_bytes() if packed else header + body, usedforsecurity=False).hexdigest()
+    if digest != digests.get(path.name if packed else name, digest):
         other = next((known for known, value in digests.items() if value == digest), "no file of this set")
         raise bad(f"wrong content: that of {other} (MD5 {digest})")
     return np.frombuffer(body, np.uint8).reshape((count, *shape)).copy()
 
 
-def download_mnist(root: Path) -> None:
-    """Fetches MNIST and puts those of its files that are missing in place; raises UserError if that can't be done."""
-    folder = root / RAW
+def download(name: str, root: Path) -> None:
+    """Fetches one of the SOURCES and puts those files that are missing in place; raises UserError if it can't."""
+    source = SOURCES[name]
+    folder = root / source.folder
     if os.environ.get("RANK", "0") != "0":
-        raise UserError(f"{folder}: MNIST is not there, and only the first process downloads it; run one process first")
-    print(f"MNIST is not in {folder}: downloading it (12 MB).", flush=True)
+        raise UserError(f"{folder}: {source.kind} is not there, and only the first process downloads it; run one "
+                        "process first")
+    print(f"{source.kind} is not in {folder}: downloading it ({source.megabytes} MB).", flush=True)
     patience = socket.getdefaulttimeout()
     socket.setdefaulttimeout(TIMEOUT)
     try:
-        from torchvision.datasets import MNIST
+        import torchvision
 
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix="download-", dir=folder.parent) as place:
             with contextlib.redirect_stderr(io.StringIO()):  # torchvision's progress bars
-                MNIST(place, download=True)
-            fetched = Path(place) / "MNIST" / "raw"
-            for name in MNIST_MD5:
-                _read_idx(fetched, name, MNIST_MD5, "try again, or put the four files there")
-            for name in MNIST_MD5:
-                if _find(folder, name) is None:
-                    os.replace(fetched / name, folder / name)
+                getattr(torchvision.datasets, source.kind)(place, download=True)
+            fetched = Path(place) / source.kind / "raw"
+            for file in MNIST_MD5:
+                _read_idx(fetched, file, source.digests, "try again, or put the four files there")
+            for file in source.digests:
+                if _find(folder, file.removesuffix(".gz"), source.digests) is None:
+                    os.replace(fetched / file, folder / file)
     except (ImportError, OSError, HTTPException, RuntimeError) as error:  # no torchvision, network, room or permission
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"MNIST can't be downloaded into {folder} ({reason}): put {', '.join(MNIST_MD5)} there, choose "
-                        "another --data-dir, or train on IDX files of your own with --dataset idx") from None
+        raise UserError(f"{source.kind} can't be downloaded into {folder} ({reason}): put "
+                        f"{', '.join(source.digests)} there, choose another --data-dir, or train on IDX files of your "
+                        "own with --dataset idx") from None
     finally:
         socket.setdefaulttimeout(patience)
 

@@ -24,7 +24,7 @@ from support import plots
 from support.files import make_folder, write_atomically
 from support.runtime import Clock, Runtime, to_uint8
 from support.statistics import aligned
-from yardstick import FEWEST, FEWEST_BLOCKS, MEASURES, Row, Yardstick, require_known
+from yardstick import FEWEST, FEWEST_BLOCKS, MEASURES, Row, Yardstick, judge
 
 SWEEP_STEPS = (5, 8, 10, 15, 25, 50)
 SWEEP_IMAGES = 2000
@@ -44,7 +44,6 @@ def run(config: Config, runtime: Runtime) -> None:
     if not config.evaluate.sweep:
         spaced_timesteps(trained.schedule.timesteps, options.steps)  # an impossible number is answered now
     train, test = (dataset.load_shared(config, split, runtime) for split in ("train", "test"))
-    require_known(config, train)
     folder = make_folder(Path("results") / configs.run_name(config))
     announce(trained, config, runtime)
     if trained.data.get("digest") != dataset.describe(train, "")["digest"]:
@@ -53,7 +52,7 @@ def run(config: Config, runtime: Runtime) -> None:
     order = Order(options, config.seed, range(count), trained.labels(options.digits, config.seed, count))
     clock.lap("load")
     made: list[Yardstick] = []
-    runtime.only_first(lambda: made.append(Yardstick(train, test, order.labels)))
+    runtime.only_first(lambda: made.append(Yardstick(train, test, order.labels, judge(config, train, test))))
     clock.lap("look at real images")
     yardstick = made[0] if runtime.first else None
     if config.evaluate.sweep:
@@ -82,10 +81,11 @@ def measure_all(trained: Trained, order: Order, yardstick: Yardstick | None, lik
     clock.lap("measure")
     print(table(row, yardstick, len(images)))
     clock.lap("measure controls")
-    print(explain(row, yardstick))
+    print(explain(row, yardstick, trained.data.get("name", "")))
     source = origin(trained, order)
     report: dict[str, Any] = {
-        "drawn_with": source, "images": len(images), "extractor": yardstick.extractor.digest, "model": public(row),
+        "drawn_with": source, "images": len(images), "model": public(row),
+        "extractor": yardstick.extractor and yardstick.extractor.digest,
         "over_floor": {key: yardstick.over_floor(key, row) for key in ("within", "frechet", "texture")
                        if key in row.values},
         "controls": {name: public(row) for name, row in controls(yardstick).items()}}
@@ -96,7 +96,8 @@ def measure_all(trained: Trained, order: Order, yardstick: Yardstick | None, lik
     write_atomically(folder / "metrics.json", lambda file: file.write(text.encode()))
     save_pictures(folder, images, row, yardstick, likelihood, source)
     runtime.barrier()
-    return [folder / name for name in ("metrics.json", "evaluation.png", "neighbours.png")]
+    return [path for path in (folder / name for name in ("metrics.json", "evaluation.png", "neighbours.png"))
+            if path.exists()]
 
 
 def controls(yardstick: Yardstick) -> dict[str, Row]:
@@ -132,7 +133,7 @@ def times(ratio: tuple[float, float | None] | None) -> str:
     return f"{ratio[0]:.{digits}f}x" if ratio[1] is None else f"{ratio[0]:.{digits}f}±{ratio[1]:.{digits}f}x"
 
 
-def explain(row: Row, yardstick: Yardstick) -> str:
+def explain(row: Row, yardstick: Yardstick, data: str) -> str:
     """What the table's numbers don't say by themselves."""
     lines = ["Distances are to the training images, lower is better; all else is best where real images are. Other "
              "writers: the test set."]
@@ -143,14 +144,15 @@ def explain(row: Row, yardstick: Yardstick) -> str:
     if row.classes:
         over = {k: value / yardstick.floor.classes[k] for k, value in row.classes.items()}
         worst, best = max(over, key=lambda k: over[k]), min(over, key=lambda k: over[k])
-        lines.append(f"Within classes: worst {worst} ({row.classes[worst]:.3f}, {over[worst]:.1f}x its floor), best "
-                     f"{best} ({row.classes[best]:.3f}, {over[best]:.1f}x).")
-    pixels, features = row.memorisation["pixels"], row.memorisation["features"]
-    nearer = max(pixels["share_closer"], features["share_closer"])
+        lines.append(f"Within classes: worst {dataset.class_name(data, worst)} ({row.classes[worst]:.3f}, "
+                     f"{over[worst]:.1f}x its floor), best {dataset.class_name(data, best)} ({row.classes[best]:.3f}, "
+                     f"{over[best]:.1f}x).")
+    shares = {space: found["share_closer"] for space, found in row.memorisation.items()}
+    nearer = max(shares.values())
     verdict = "COPIES: far more than unseen digits lie that near" if nearer > COPIES else "no sign of copying"
-    lines.append(f"Memorisation: {pixels['share_closer']:.2%} of the images in pixels, {features['share_closer']:.2%} "
-                 f"in features, lie nearer to a training image than the nearest 1% of test images: {verdict}.")
-    return "\n".join([*lines, f"Extractor {yardstick.extractor.digest}."])
+    where = ", ".join(f"{share:.2%} of the images in {space}" for space, share in shares.items())
+    lines.append(f"Memorisation: {where} lie nearer to a training image than the nearest 1% of test images: {verdict}.")
+    return "\n".join([*lines, *([f"Extractor {yardstick.extractor.digest}."] if yardstick.extractor else [])])
 
 
 def explain_bound(likelihood: Likelihood, images: int) -> str:
@@ -162,6 +164,12 @@ def explain_bound(likelihood: Likelihood, images: int) -> str:
 def save_pictures(folder: Path, images: Tensor, row: Row, yardstick: Yardstick, likelihood: Likelihood | None,
                   source: dict[str, str]) -> None:
     floor, test = yardstick.floor, yardstick.other_writers
+    distances, indices = row.neighbours["pixels"]
+    closest = distances.argsort()[:PAIRS]
+    plots.save_neighbours(folder / "neighbours.png", images[closest], yardstick.train.images[indices[closest]],
+                          distances[closest].tolist(), source)
+    if yardstick.extractor is None:
+        return
 
     def over_floor(row: Row) -> dict[str, tuple[float, float | None]]:
         named = {"all": "frechet", "texture": "texture"}
@@ -177,10 +185,6 @@ def save_pictures(folder: Path, images: Tensor, row: Row, yardstick: Yardstick, 
     if likelihood is not None:
         pictured["by_timestep"] = {"t": list(likelihood.by_timestep), "bits": list(likelihood.by_timestep.values())}
     plots.save_evaluation(folder / "evaluation.png", pictured, source)
-    distances, indices = row.neighbours["pixels"]
-    closest = distances.argsort()[:PAIRS]
-    plots.save_neighbours(folder / "neighbours.png", images[closest], yardstick.train.images[indices[closest]],
-                          distances[closest].tolist(), source)
 
 
 def sweep(trained: Trained, order: Order, yardstick: Yardstick | None, folder: Path, runtime: Runtime) -> list[Path]:

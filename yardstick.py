@@ -1,31 +1,33 @@
-"""The yardstick: what drawn images are compared with, every measure with its error, and verdicts on differences.
+"""The yardstick: what drawn images are compared with, and every measure with its error.
 
 Distances are to the training images. The floor is real training images with the same labels, against the rest of them:
 no model can be expected to do better. A figure means something only beside its floor and its error.
 """
 
 import math
-from dataclasses import dataclass, field, fields
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+import config as configs
 from config import CLASSES, Config, UserError
 from dataset import MNIST_DIGEST, Digits, describe
 from drawing import BLOCK, choose_labels
 from support import metrics
+from support.extractor import SURE, Extractor, Features, extract, load_extractor, own_extractor
 from support.metrics import Moments
 from support.runtime import generator, to_uint8
-from support.statistics import deviation, holm, jackknife_error, mean, student_limit, student_p
+from support.statistics import deviation, jackknife_error, mean
 
 FLOOR_STREAM = 7  # of random numbers; see train.py, drawing.py and likelihood.py for others
 FEWEST = 200  # real images (of a class, too), below which the covariance of 64 features says nothing
 FEWEST_DRAWN = 100  # of a class, likewise
 FEWEST_BLOCKS, MOST_BLOCKS = 20, 100  # below, a jackknife says nothing; above, it takes longer and gains nothing
 SETS = 5  # of real images in the floor, at most
-FEWEST_RUNS = 3  # of a recipe, below which their own spread says nothing
 
 
 class Measure(NamedTuple):
@@ -45,11 +47,8 @@ MEASURES = (
     Measure("asked", "as asked", "{:.2%}", "floor"), Measure("zeros", "zeros", "{:.2%}", "floor"),
     Measure("nearest_pixels", "nn pixel", "{:.2f}", ""), Measure("nearest_features", "nn feat.", "{:.2f}", ""))
 OVERLAP = ("precision", "recall", "coverage")
+JUDGED = ("within", "frechet", *OVERLAP, "sure", "asked", "nearest_features")  # what takes a classifier
 Sums = dict[str, Moments]  # of "features", "texture" and "shares", by class: all that adds up over images
-HEADLINE = "within"  # the one measure that decides a comparison
-# Deviation of the logarithm between 8 trainings of the default (five minutes of one thread; 10,000 images each).
-SPREAD = {"within": 0.101, "frechet": 0.104, "texture": 0.242, "ink": 0.0092, "precision": 0.0058, "recall": 0.0064,
-          "coverage": 0.0141, "sure": 0.0085, "asked": 0.0067, "zeros": 0.0027}
 
 
 @dataclass(frozen=True)
@@ -78,16 +77,22 @@ class Row:
     neighbours: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)  # space -> distances [N], indices [N]
     memorisation: dict[str, dict[str, float]] = field(default_factory=dict)
 
+    def forget(self, keys: Sequence[str]) -> None:
+        for part in (self.values, self.errors, self.left_out):
+            for key in keys:
+                part.pop(key, None)
+        self.classes = {} if "within" in keys else self.classes
+
 
 class Yardstick:
     """Real images to compare N drawn ones with, whose labels [N] are given (10: drawn without one).
 
-    Raises UserError where there are too few real images.
+    Without an extractor there are only the measures that take none. Raises UserError for too few real images.
     """
 
-    def __init__(self, train: Digits, test: Digits, labels: Tensor) -> None:
+    def __init__(self, train: Digits, test: Digits, labels: Tensor, extractor: Extractor | None) -> None:
         self.train, self.test = train.to("cpu"), test.to("cpu")
-        self.extractor = metrics.load_extractor()
+        self.extractor = extractor
         per_class = torch.bincount(self.train.labels, minlength=CLASSES)
         labelled = int(labels.max()) < CLASSES
         self.labels = labels if labelled else choose_labels(None, 0, range(len(labels)), per_class.tolist())
@@ -110,11 +115,8 @@ class Yardstick:
         seen = self._see(images, asked if labelled else self.labels)
         row = self._row(seen, self.references)
         if not labelled:
-            for key in ("within", "asked"):
-                for part in (row.values, row.errors, row.left_out):
-                    part.pop(key, None)
-            row.classes = {}
-        if overlap:
+            row.forget(("within", "asked"))
+        if overlap and self.extractor is not None:
             row.values |= self._overlap(seen.features, metrics.radius(seen.features), 0)
             row.errors |= {key: self.floor.errors[key] for key in OVERLAP}
         if neighbours:
@@ -129,7 +131,8 @@ class Yardstick:
         """Real training images: means over sets, each against all outside it, and deviations over the sets."""
         rows = [self._row(self.seen[chosen], [rest]) for chosen, rest in zip(self.sets, self.references)]
         for i, row in enumerate(rows):
-            row.values |= self._overlap(self.seen.features[self.sets[i]], self.radius[i], (i + 1) % len(rows))
+            if self.extractor is not None:
+                row.values |= self._overlap(self.seen.features[self.sets[i]], self.radius[i], (i + 1) % len(rows))
         floor = Row(classes={k: mean([row.classes[k] for row in rows]) for k in rows[0].classes})
         for key in rows[0].values:
             found = [row.values[key] for row in rows]
@@ -175,12 +178,15 @@ class Yardstick:
             left_out = self._values(rest, counts, classes, references)
             row.left_out = {key: left_out[key] for key in row.values}
             row.errors = {key: jackknife_error(values) for key, values in row.left_out.items()}
+        if self.extractor is None:
+            row.forget(JUDGED)
         return row
 
     def _see(self, images: Tensor, labels: Tensor) -> Seen:
-        found = metrics.extract(self.extractor, images)
+        found = (Features(torch.zeros(len(images), 1), torch.zeros(len(images), CLASSES)) if self.extractor is None
+                 else extract(self.extractor, images))
         likeliest = found.probabilities.max(1)
-        shares = (likeliest.values > metrics.SURE, likeliest.indices == labels, (images == 0).double().mean((1, 2, 3)),
+        shares = (likeliest.values > SURE, likeliest.indices == labels, (images == 0).double().mean((1, 2, 3)),
                   images.double().mean((1, 2, 3)), self.ink[labels])
         return Seen(labels, found.probabilities, found.features, metrics.texture_features(images),
                     torch.stack([share.double() for share in shares], 1))
@@ -228,7 +234,8 @@ class Yardstick:
     def _neighbours(self, images: Tensor, seen: Seen) -> dict[str, tuple[Tensor, Tensor]]:
         """Distance to the nearest training image and its index, in intensities from 0 to 1, and in features."""
         distances, indices = metrics.nearest(images, self.train.images)
-        return {"pixels": (distances / 255, indices), "features": metrics.nearest(seen.features, self.seen.features)}
+        found = {"pixels": (distances / 255, indices)}
+        return found | ({"features": metrics.nearest(seen.features, self.seen.features)} if self.extractor else {})
 
 
 def floor_sets(real: Tensor, labels: Tensor) -> list[Tensor]:
@@ -254,97 +261,13 @@ def floor_sets(real: Tensor, labels: Tensor) -> list[Tensor]:
     return sets
 
 
-# Did a change help?
-
-
-class Verdict(NamedTuple):
-    """On one measure of two sides; low and high: the 95% interval of b - a, None where there is none."""
-
-    measure: Measure
-    a: float
-    b: float
-    low: float | None
-    high: float | None
-    p: float | None  # that the true values are equally good, corrected for the number of measures but for the headline
-    word: str  # "better", "worse", "no difference shown", or ""
-
-
-def verdicts(a: list[Row], b: list[Row], floor: Row, sets: int) -> list[Verdict]:
-    """Of side b against side a: rows of one network each, or of several that one recipe trained, for the same labels.
-
-    One network a side: the difference's jackknife over blocks, which pairs what has the same seeds. Several: each row's
-    logarithm is one number, with the pooled variance between trainings, or SPREAD where a side has under three.
-    """
-    several = len(a) + len(b) > 2
-    scale, unscale = (math.log, math.exp) if several else (float, float)
-    found: list[tuple[Verdict, float | None]] = []
-    for measure in (m for m in MEASURES if all(m.key in row.values for row in (*a, *b))):
-        points = [[scale(max(row.values[measure.key], 1e-9)) for row in side] for side in (a, b)]
-        mean_a, mean_b = map(mean, points)
-        if several:
-            error, freedom = _between_trainings(points, measure.key)
-        else:
-            error, freedom = _paired_error(a[0], b[0], measure.key, floor, sets)
-        real = scale(floor.values[measure.key]) if measure.key in floor.values else None
-        gain = _gain(measure, mean_a, mean_b, real)
-        low = high = p = None
-        if error is not None:
-            half = student_limit(freedom) * error
-            low, high = mean_b - mean_a - half, mean_b - mean_a + half
-            if several:
-                low, high = (math.exp(mean_a) * math.expm1(change) for change in (low, high))
-            if not several and measure.key not in OVERLAP and gain is not None:
-                error = jackknife_error(_gain(measure, a[0].left_out[measure.key], b[0].left_out[measure.key], real))
-            if real is not None and measure.good == "floor" and (mean_a - real) * (mean_b - real) < 0:
-                own = floor.errors[measure.key] / (floor.values[measure.key] if several else 1)
-                error = math.hypot(error, 2 * own / math.sqrt(sets))  # on both sides of the floor, its error counts
-            p = None if gain is None else student_p(gain / error if error else 0.0, freedom)
-        found.append((Verdict(measure, unscale(mean_a), unscale(mean_b), low, high, p, ""), gain))
-    others = [i for i, (verdict, _) in enumerate(found) if verdict.measure.key != HEADLINE and verdict.p is not None]
-    corrected = dict(zip(others, holm([found[i][0].p or 0.0 for i in others])))
-    judged = []
-    for i, (verdict, gain) in enumerate(found):
-        p = corrected.get(i, verdict.p)
-        word = ""
-        if p is not None and gain is not None:
-            word = "no difference shown" if p >= 0.05 else "better" if gain > 0 else "worse"
-        judged.append(verdict._replace(p=p, word=word))
-    return judged
-
-
-def _gain(measure: Measure, a: Any, b: Any, floor: float | None) -> Any:
-    """By how much b is better than a: lower, or nearer to the floor's value."""
-    if measure.good == "low":
-        return a - b
-    return abs(a - floor) - abs(b - floor) if measure.good == "floor" and floor is not None else None
-
-
-def _paired_error(a: Row, b: Row, key: str, floor: Row, sets: int) -> tuple[float | None, float]:
-    """Standard error of the difference of two networks, and its degrees of freedom."""
-    if key in OVERLAP:
-        return math.sqrt(2) * floor.errors[key], sets - 1
-    if key in a.left_out and key in b.left_out:
-        return jackknife_error(b.left_out[key] - a.left_out[key]), len(a.left_out[key]) - 1
-    return None, 0
-
-
-def _between_trainings(points: list[list[float]], key: str) -> tuple[float | None, float]:
-    """The same for the means of the logarithms of several trainings a side."""
-    pairs = math.sqrt(sum(1 / len(side) for side in points))
-    if min(map(len, points)) < FEWEST_RUNS:
-        return (SPREAD[key] * pairs if key in SPREAD else None), math.inf
-    freedom = sum(len(side) - 1 for side in points)
-    return math.sqrt(sum(deviation(side) ** 2 * (len(side) - 1) for side in points) / freedom) * pairs, freedom
-
-
-def smallest_shown(a: list[Row], b: list[Row]) -> float:
-    """The least relative difference in the headline that so many trainings would call one."""
-    error, freedom = _between_trainings([[math.log(row.values[HEADLINE]) for row in side] for side in (a, b)], HEADLINE)
-    return math.expm1(student_limit(freedom) * (error or math.nan))
-
-
-def require_known(config: Config, train: Digits) -> None:
-    """Raises UserError for images that the classifier behind most measures has never seen the like of."""
-    if config.dataset != "generated" and describe(train, "")["digest"] != MNIST_DIGEST:
-        raise UserError(f"--dataset {config.dataset}: the classifier that judges images knows only digits as MNIST has "
-                        "them, so its figures would mean nothing; evaluate on MNIST or the generated digits")
+def judge(config: Config, train: Digits, test: Digits) -> Extractor | None:
+    """The classifier that knows these images: the shipped one of MNIST, or the data set's own; None for one class."""
+    digest = describe(train, "")["digest"]
+    if config.dataset == "generated" or digest == MNIST_DIGEST:
+        return load_extractor()
+    if len(train.labels.unique()) == 1:
+        print("These images are all of one class, so no classifier can judge them: only what takes none is measured.")
+        return None
+    pairs = ((digits.images.cpu(), digits.labels.cpu()) for digits in (train, test))
+    return own_extractor(configs.run_name(replace(config, name=None)), digest, *pairs)

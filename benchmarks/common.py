@@ -29,6 +29,7 @@ import drawing
 import train
 from config import CLASSES, NO_LABEL, Config, UserError
 from dataset import Digits
+from support.extractor import load_extractor
 from support.runtime import Runtime, compiled, to_uint8
 from yardstick import Yardstick
 
@@ -167,8 +168,9 @@ class Judge:
 
     def __init__(self, digits: Digits, test: Digits, images: int) -> None:
         classes = torch.bincount(digits.labels, minlength=CLASSES).tolist()
-        self.yardstick = Yardstick(digits, test, drawing.choose_labels(None, 0, range(images), classes))
-        self.extractor = self.yardstick.extractor.digest
+        self.yardstick = Yardstick(digits, test, drawing.choose_labels(None, 0, range(images), classes),
+                                   load_extractor())
+        self.extractor = load_extractor().digest
 
     def __call__(self, images: Tensor, labels: Tensor | None) -> dict[str, float]:
         """Distances over their floors, with errors, and shares, of uint8 images [N, 1, 28, 28]; labels [N], if any."""

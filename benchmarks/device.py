@@ -26,6 +26,7 @@ from config import UserError
 from dataset import Digits
 from drawing import Order, Trained, choose_labels, draw
 from support import optimizer, runtime
+from support.extractor import load_extractor
 from support.runtime import Runtime, to_uint8
 from yardstick import Yardstick
 
@@ -70,7 +71,7 @@ def work(device: torch.device, digits: Digits, test: Digits, waits: Any) -> dict
     found["40 images"] = (images + 1) * 127.5
     labels = choose_labels(None, 0, range(200))
     more = to_uint8(draw(trained, Order(run.config.sample, 0, range(200), labels), here))
-    row = Yardstick(run.train, run.test, labels).measure(more, labels, neighbours=False)
+    row = Yardstick(run.train, run.test, labels, load_extractor()).measure(more, labels, neighbours=False)
     found["an evaluation's distances"] = torch.tensor([row.values["frechet"], row.values["texture"]])
     return found
 

@@ -16,8 +16,10 @@ from common import Parser, config_of, load_digits, machine, run_script
 from config import CLASSES
 from dataset import Digits
 from drawing import Order, Trained, choose_labels, draw, load_trained
+from support.extractor import load_extractor
 from support.runtime import Runtime, to_uint8
-from yardstick import HEADLINE, Row, Verdict, Yardstick, verdicts
+from verdict import HEADLINE, Verdict, verdicts
+from yardstick import Row, Yardstick
 
 
 def headline(a: Row, b: Row, yardstick: Yardstick) -> Verdict:
@@ -33,7 +35,7 @@ def real_images(digits: Digits, count: int, seed: int) -> tuple[float, float]:
     images = torch.empty(count, *digits.images.shape[1:], dtype=torch.uint8)
     for k in range(CLASSES):
         images[labels == k] = judged.images[judged.labels == k][:int((labels == k).sum())]
-    yardstick = Yardstick(rest, judged, labels)
+    yardstick = Yardstick(rest, judged, labels, load_extractor())
     ratio, error = yardstick.over_floor(HEADLINE, yardstick.measure(images, labels, overlap=False, neighbours=False))
     return ratio, error or float("nan")
 
@@ -48,7 +50,7 @@ def main(argv: list[str]) -> None:
     train, test = load_digits(config, runtime.device)
     networks = [load_trained(replace(config, sample=replace(config.sample, checkpoint=path)), runtime)
                 for path in options.checkpoints]
-    yardstick = Yardstick(train, test, networks[0].labels(None, 0, options.images))
+    yardstick = Yardstick(train, test, networks[0].labels(None, 0, options.images), load_extractor())
 
     def row(trained: Trained, seed: int) -> Row:
         labels = trained.labels(None, seed, options.images)

@@ -1,86 +1,17 @@
-"""The measures themselves, as functions of tensors: digit and texture features, Fréchet distance, precision and
-recall, nearest neighbours, class statistics.
+"""The measures themselves, as functions of tensors: texture features, Fréchet distance, precision and recall, nearest
+neighbours, class statistics.
 
-Owns the extractor, a small digit classifier whose penultimate layer is the feature space, and reads its one file.
 Images are uint8 [N, 1, 28, 28]; statistics are taken in float64 on the CPU.
 """
 
-import json
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from config import CLASSES, ROOT, UserError
-from support.checkpoint import read_tensors, weights_digest
-from support.runtime import to_unit
-
-EXTRACTOR = ROOT / "checkpoints" / "extractor.safetensors"
-SURE = 0.9  # probability of its likeliest class above which the classifier counts as sure of an image
-
-
-class Extractor(nn.Module):
-    """forward(x [B, 1, 28, 28] in [-1, 1]) -> (features [B, 64], logits [B, 10]); see benchmarks/train_extractor.py.
-
-    A loaded one also has `digest`, 16 hex digits that name its weights, and `meta`, how they were made.
-    """
-
-    digest: str = ""
-    meta: dict[str, Any] = {}
-
-    def __init__(self) -> None:
-        super().__init__()
-
-        def convolution(channels_in: int, channels: int) -> list[nn.Module]:
-            conv = nn.Conv2d(channels_in, channels, 3, padding=1, bias=False)
-            return [conv, nn.BatchNorm2d(channels), nn.ReLU()]
-
-        self.body = nn.Sequential(
-            *convolution(1, 16), *convolution(16, 16), nn.MaxPool2d(2),  # [B, 16, 14, 14]
-            *convolution(16, 48), *convolution(48, 48), nn.MaxPool2d(2),  # [B, 48, 7, 7]
-            *convolution(48, 96), *convolution(96, 96), nn.MaxPool2d(2),  # [B, 96, 3, 3]
-            nn.Flatten(), nn.Linear(864, 64, bias=False), nn.BatchNorm1d(64), nn.ReLU(),  # [B, 64]
-        )
-        self.head = nn.Linear(64, 10)
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        features = self.body(x)
-        return features, self.head(features)
-
-
-def load_extractor(path: Path = EXTRACTOR) -> Extractor:
-    """The extractor in eval mode on the CPU; raises UserError where its file is missing, damaged or of another make."""
-    advice = "restore it from the repository, or train it again with benchmarks/train_extractor.py"
-    state, metadata = read_tensors(path, advice)
-    extractor = Extractor()
-    try:
-        extractor.load_state_dict(state)
-        digest, meta = metadata["digest"], json.loads(metadata["meta"])
-    except (RuntimeError, LookupError, ValueError):
-        raise UserError(f"{path}: it is no classifier that measures digits; {advice}") from None
-    if weights_digest(state) != digest:
-        raise UserError(f"{path}: the weights don't match their digest {digest}, so the file is damaged; {advice}")
-    extractor.digest, extractor.meta = digest, meta
-    return extractor.to(memory_format=torch.channels_last).eval().requires_grad_(False)
-
-
-@dataclass(frozen=True)
-class Features:
-    """What the extractor says of N images."""
-
-    features: Tensor  # float32 [N, 64]
-    probabilities: Tensor  # float32 [N, 10]
-
-
-@torch.no_grad()
-def extract(extractor: Extractor, images: Tensor, batch: int = 500) -> Features:
-    """Features and class probabilities of uint8 images [N, 1, 28, 28], all on the CPU."""
-    found = [extractor(to_unit(chunk).to(memory_format=torch.channels_last)) for chunk in images.split(batch)]
-    features, logits = (torch.cat(parts) for parts in zip(*found))
-    return Features(features, logits.softmax(dim=1))
+from config import CLASSES
 
 
 @dataclass(frozen=True)

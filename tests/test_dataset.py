@@ -257,3 +257,29 @@ def test_only_the_first_process_downloads(tmp_path: Path, monkeypatch: pytest.Mo
     with pytest.raises(UserError, match="only the first process downloads it"):
         dataset.load_mnist(tmp_path, "train")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["fashion-mnist", "kmnist"])
+def test_others_are_fetched_kept_and_read_as_gz(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                tmp_path_factory: pytest.TempPathFactory) -> None:
+    source, served = dataset.SOURCES[name], tmp_path_factory.mktemp("mirror")
+    kind = getattr(pytest.importorskip("torchvision.datasets"), source.kind)
+    assert dict(kind.resources) == source.digests and set(dataset.CLASS_NAMES) >= {name}
+    with Mirror(idx_files(), served) as address:
+        digests = {f"{file}.gz": hashlib.md5((served / f"{file}.gz").read_bytes()).hexdigest() for file in NAMES}
+        monkeypatch.setattr(kind, "resources", list(digests.items()))
+        monkeypatch.setattr(kind, "mirrors", [address])
+        monkeypatch.setitem(dataset.SOURCES, name, source._replace(digests=digests))
+        config = Config(dataset=name, data_dir=tmp_path)
+        assert len(dataset.load(config, "train")) == 12
+    raw = tmp_path / source.folder
+    assert {path.name for path in raw.iterdir()} == set(digests) and list(raw.parent.iterdir()) == [raw]
+    assert len(dataset.load(config, "test")) == 7  # from there: the server is gone
+    (raw / IMAGES).write_bytes(idx_files(13)[IMAGES])  # an unpacked file is not the one that is known
+    assert len(dataset.load(config, "train")) == 12
+    (raw / f"{LABELS}.gz").write_bytes(gzip.compress(idx_files()[LABELS][:-1] + b"\0"))
+    with pytest.raises(UserError, match=f"{LABELS}.gz: wrong content"):
+        dataset.load(config, "train")
+    (raw / f"{LABELS}.gz").unlink()
+    with pytest.raises(UserError, match=f"{source.kind} can't be downloaded into .*refused.*put {NAMES[0]}.gz"):
+        dataset.load(config, "train")

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -20,9 +21,10 @@ from dataset import Digits
 from diffusion import make_schedule
 from model import UNet
 from run import main
-from support import checkpoint, metrics
+from support import checkpoint
+from support.extractor import load_extractor
 from support.runtime import Runtime
-from tests.conftest import TINY, write_set
+from tests.conftest import TINY, write_idx, write_set
 from yardstick import Yardstick
 
 CPU = Runtime(torch.device("cpu"), bf16=False, compile=False)
@@ -70,7 +72,7 @@ def test_the_table_has_its_controls(untrained: list[str], own_folder: Path, caps
         assert word in output
     assert "trained on other images" not in output
     found = json.loads((own_folder / "results/generated/metrics.json").read_text())
-    assert found["images"] == 200 and found["extractor"] == metrics.load_extractor().digest
+    assert found["images"] == 200 and found["extractor"] == load_extractor().digest
     floor, noise = (found["controls"][name]["values"] for name in ("real (floor)", "noise"))
     assert floor["frechet"] < noise["frechet"] and floor["texture"] < noise["texture"]
     assert floor["recall"] > noise["recall"]
@@ -117,13 +119,42 @@ def test_what_can_not_be_measured_is_refused(flags: list[str], said: str, untrai
     assert len(error.splitlines()) == 1 and said in error
 
 
-def test_other_data_are_not_judged_by_a_classifier_of_digits(untrained: list[str], own_folder: Path,
-                                                             capsys: Capture) -> None:
-    write_set(own_folder / "data", 400, 250)
-    for mode in ("evaluate", "compare"):
-        assert main([*untrained, "--mode", mode, "--dataset", "idx", "--data-dir", "data", "--num-images", "2000",
-                     "--runs", "some.safetensors", "some.safetensors"]) == 2
-        assert "--dataset idx: the classifier that judges images knows only digits" in capsys.readouterr().err
+def test_other_data_have_a_judge_of_their_own(untrained: list[str], own_folder: Path, capsys: Capture,
+                                              monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trained once, named by the data, and used for those alone."""
+    monkeypatch.setattr("support.extractor.EPOCHS", 2)
+    monkeypatch.setattr("support.extractor.FEWEST_STEPS", 1)
+    data = write_set(own_folder / "Mes données à moi", 3000, 250)
+    command = [*untrained, "--dataset", "idx", "--data-dir", str(data)]
+    digests = []
+    for said in ("need a judge of their own", "Judge: "):
+        assert main(command) == 0
+        assert said in capsys.readouterr().out
+        digests.append(json.loads((own_folder / "results/idx/metrics.json").read_text())["extractor"])
+    kept, = (own_folder / "checkpoints/extractors").iterdir()
+    own = load_extractor(kept)
+    assert digests == [own.digest] * 2 and own.digest != load_extractor().digest and own.meta["accuracy"] > 0.9
+    assert dataset.describe(dataset.load_idx(data, "train"), "")["digest"] in kept.name
+    write_set(data, 3000, 150)
+    kept.unlink()
+    assert main(command) == 2 and "150 test images" in capsys.readouterr().err
+
+
+def test_images_of_one_class_are_measured_without_a_judge(untrained: list[str], own_folder: Path,
+                                                          capsys: Capture) -> None:
+    sevens = FEW["train"].images[FEW["train"].labels == 7]
+    sevens = torch.cat([sevens.roll(shift, 3) for shift in (-1, 0, 1)])
+    (own_folder / "data").mkdir()
+    for split, images in (("train", sevens[:600]), ("test", sevens[600:])):
+        for name, values in zip(dataset.FILES[split], (images[:, 0].numpy(), np.full(len(images), 7))):
+            write_idx(own_folder / "data" / name, values)
+    assert main([*untrained, "--dataset", "idx", "--data-dir", "data", "--digits", "7"]) == 0
+    output = capsys.readouterr().out
+    assert "all of one class" in output and "Memorisation" in output and "Extractor" not in output
+    found = json.loads((own_folder / "results/idx/metrics.json").read_text())["model"]["values"]
+    assert set(found) == {"texture", "zeros", "ink", "nearest_pixels"}
+    assert main([*untrained, "--mode", "compare", "--dataset", "idx", "--data-dir", "data", "--num-images", "2000",
+                 "--runs", "some.safetensors", "some.safetensors"]) == 2
 
 
 def test_weights_of_another_network_are_refused(untrained: list[str], own_folder: Path, capsys: Capture) -> None:
@@ -136,11 +167,11 @@ def test_weights_of_another_network_are_refused(untrained: list[str], own_folder
 
 def test_copying_is_said(few_digits: None) -> None:
     train = dataset.load_generated("train")
-    yardstick = Yardstick(train, dataset.load_generated("test"), torch.arange(200) % 10)
+    yardstick = Yardstick(train, dataset.load_generated("test"), torch.arange(200) % 10, load_extractor())
     copies = yardstick.measure(train.images[yardstick.sets[0]], yardstick.labels)
-    assert "COPIES" in evaluate.explain(copies, yardstick)
+    assert "COPIES" in evaluate.explain(copies, yardstick, "mnist")
     new = yardstick.measure(dataset.load_generated("test").images[:200], yardstick.labels)
-    assert "no sign of copying" in evaluate.explain(new, yardstick)
+    assert "no sign of copying" in evaluate.explain(new, yardstick, "mnist")
 
 
 # Compare

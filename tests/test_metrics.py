@@ -14,6 +14,7 @@ from torch import Tensor
 from config import UserError
 from support import metrics
 from support.checkpoint import read_tensors, weights_digest
+from support.extractor import EXTRACTOR, Extractor, extract, load_extractor
 from tests.conftest import frechet_distance
 
 FONTS = ("DejaVuSans.ttf", "DejaVuSans-Bold.ttf", "DejaVuSerif.ttf", "cmr10.ttf", "STIXGeneral.ttf")
@@ -38,48 +39,48 @@ def printed_digits(copies: int, seed: int = 0) -> tuple[Tensor, Tensor]:
 
 
 @pytest.fixture(scope="module")
-def extractor() -> metrics.Extractor:
-    return metrics.load_extractor()
+def extractor() -> Extractor:
+    return load_extractor()
 
 
 # The extractor
 
 
-def test_shipped_extractor_reads_digits(extractor: metrics.Extractor) -> None:
+def test_shipped_extractor_reads_digits(extractor: Extractor) -> None:
     images, labels = printed_digits(10)
-    found = metrics.extract(extractor, images, batch=64)
+    found = extract(extractor, images, batch=64)
     assert (found.probabilities.argmax(1) == labels).double().mean() > 0.95
     assert found.features.shape == (100, 64) and found.probabilities.sum(1).allclose(torch.ones(100))
-    whole = metrics.extract(extractor, images, batch=100)
+    whole = extract(extractor, images, batch=100)
     torch.testing.assert_close(found.features, whole.features, rtol=1e-4, atol=1e-4)
 
 
-def test_shipped_extractor_is_small_and_says_how_it_was_made(extractor: metrics.Extractor) -> None:
-    assert metrics.EXTRACTOR.stat().st_size < 1e6
+def test_shipped_extractor_is_small_and_says_how_it_was_made(extractor: Extractor) -> None:
+    assert EXTRACTOR.stat().st_size < 1e6
     assert extractor.meta["accuracy"] >= 0.995
     assert extractor.meta["command"].startswith("python benchmarks/train_extractor.py")
     assert len(extractor.digest) == 16 and not extractor.training
-    assert metrics.load_extractor().digest == extractor.digest == weights_digest(extractor.state_dict())
+    assert load_extractor().digest == extractor.digest == weights_digest(extractor.state_dict())
 
 
 def test_damaged_or_missing_extractor_is_a_user_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such file"):
-        metrics.load_extractor(tmp_path / "none.safetensors")
-    path, whole = tmp_path / "extractor.safetensors", metrics.EXTRACTOR.read_bytes()
+        load_extractor(tmp_path / "none.safetensors")
+    path, whole = tmp_path / "extractor.safetensors", EXTRACTOR.read_bytes()
     for broken in (b"", b"not a file of tensors", whole[:1000], whole[:-1000]):
         path.write_bytes(broken)
         with pytest.raises(UserError, match=r"extractor\.safetensors: damaged"):
-            metrics.load_extractor(path)
-    state, metadata = read_tensors(metrics.EXTRACTOR, "")
+            load_extractor(path)
+    state, metadata = read_tensors(EXTRACTOR, "")
     state["head.bias"][0] += 1e-3
     path.write_bytes(safetensors.torch.save(state, metadata))
     with pytest.raises(UserError, match="digest"):
-        metrics.load_extractor(path)
+        load_extractor(path)
     for other, said in (({}, metadata), ({"head.bias": torch.zeros(3)}, metadata), (state, {}),
                         (state, {**metadata, "meta": "{"})):
         path.write_bytes(safetensors.torch.save(other, said))
         with pytest.raises(UserError, match="no classifier"):
-            metrics.load_extractor(path)
+            load_extractor(path)
 
 
 # Fréchet distance
@@ -150,21 +151,21 @@ def test_moments_add_up_by_class_and_block_and_take_any_shares() -> None:
 # Texture
 
 
-def test_texture_reacts_where_digit_features_do_not(extractor: metrics.Extractor) -> None:
+def test_texture_reacts_where_digit_features_do_not(extractor: Extractor) -> None:
     images, _ = printed_digits(60)
     real, other = images[:300], images[300:]
     level = other.float()
     blur = torch.tensor([1.0, 2, 1]).outer(torch.tensor([1.0, 2, 1]))[None, None] / 16
     grain = torch.randint(-3, 4, level.shape, generator=random()) * (level == 0)
     damage = {"grain": (level + grain).clamp(0, 255), "blur": F.conv2d(level, blur, padding=1), "contrast": 0.9 * level}
-    texture, features = metrics.texture_features(real), metrics.extract(extractor, real).features
+    texture, features = metrics.texture_features(real), extract(extractor, real).features
     texture_floor = frechet_distance(metrics.texture_features(other), texture)
-    digit_floor = frechet_distance(metrics.extract(extractor, other).features, features)
+    digit_floor = frechet_distance(extract(extractor, other).features, features)
     for name, changed in damage.items():
         changed = changed.round().byte()
         seen = frechet_distance(metrics.texture_features(changed), texture) / texture_floor
         assert seen > (1.5 if name == "contrast" else 8), name
-    digits = metrics.extract(extractor, (level + grain).clamp(0, 255).byte()).features
+    digits = extract(extractor, (level + grain).clamp(0, 255).byte()).features
     assert frechet_distance(digits, features) < 1.5 * digit_floor
 
 

@@ -12,7 +12,8 @@ import dataset
 from config import UserError
 from dataset import NOTICE
 from run import main
-from support import checkpoint, metrics
+from support import checkpoint
+from support.extractor import SURE, extract, load_extractor
 from support.runtime import Runtime
 from tests.conftest import TINY
 
@@ -21,10 +22,10 @@ CPU = Runtime(torch.device("cpu"), bf16=False, compile=False)
 
 @pytest.fixture
 def offline(own_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    def fail(root: Path) -> None:
+    def fail(name: str, root: Path) -> None:
         raise UserError("MNIST can't be downloaded (no network)")
 
-    monkeypatch.setattr(dataset, "download_mnist", fail)
+    monkeypatch.setattr(dataset, "download", fail)
     return own_folder
 
 
@@ -96,7 +97,7 @@ def test_the_weights_that_ship_draw_the_digits_asked_for(own_folder: Path) -> No
                  "--device", "cpu"]) == 0
     drawn = np.load("results/mnist/samples.npz")
     images = torch.from_numpy(drawn["arr_0"]).permute(0, 3, 1, 2)
-    probabilities = metrics.extract(metrics.load_extractor(), images).probabilities
+    probabilities = extract(load_extractor(), images).probabilities
     likeliest = probabilities.max(1)
     assert (likeliest.indices == torch.from_numpy(drawn["arr_1"])).double().mean() >= 0.94
-    assert (likeliest.values > metrics.SURE).double().mean() >= 0.88
+    assert (likeliest.values > SURE).double().mean() >= 0.88

@@ -564,7 +564,7 @@ def test_a_second_ctrl_c_leaves_at_once_and_loses_nothing(own_folder: Path, flag
 
 @pytest.mark.parametrize("mode", ["sample", "evaluate"])
 def test_ctrl_c_ends_the_other_modes_too(mode: str, there: Path) -> None:
-    changes = {"support.metrics.load_extractor": hang} if mode == "evaluate" else {}
+    changes = {"yardstick.load_extractor": hang} if mode == "evaluate" else {}
     program = start(there, "--mode", mode, "--name", "idx", "--dataset", "generated", "--device", "cpu",
                     "--num-images", "100000", "--steps", "100", changes=changes)
     wait_for(lambda: re.search(r" [1-9]\d*/\d", program.errors) or "hanging" in program.errors)

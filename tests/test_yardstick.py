@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 
 import dataset
-import yardstick
 from config import UserError
 from dataset import Digits
 from drawing import choose_labels
+from support.extractor import load_extractor
 from support.statistics import deviation, holm, jackknife_error, mean, student_limit, student_p
 from tests.conftest import frechet_distance
-from yardstick import Row, Yardstick, floor_sets, verdicts
+from verdict import SPREAD, smallest_shown, verdicts
+from yardstick import Row, Yardstick, floor_sets
 
 COUNT = 2000  # 20 blocks of labels, the fewest that have errors
 
@@ -29,7 +30,7 @@ def real(digits: Digits) -> Yardstick:
     """On 7,000 of the generated digits; the other 2,000 are left to be judged."""
     labels = choose_labels(None, 0, range(COUNT), torch.bincount(digits.labels[:7000]).tolist())
     test = dataset.load_generated("test")
-    return Yardstick(Digits(digits.images[:7000], digits.labels[:7000]), test, labels)
+    return Yardstick(Digits(digits.images[:7000], digits.labels[:7000]), test, labels, load_extractor())
 
 
 def same_labels(digits: Digits, labels: Tensor) -> Tensor:
@@ -88,7 +89,7 @@ def test_distances_are_to_the_images_outside_each_set(real: Yardstick, digits: D
 def test_class_shares_alone_make_no_distance(real: Yardstick) -> None:
     """Real sevens only are as far as the floor of sevens is, not as far as sevens are from all digits."""
     sevens, few = torch.full((100,), 7), Digits(real.train.images[:3100], real.train.labels[:3100])
-    own = Yardstick(few, real.test, sevens)
+    own = Yardstick(few, real.test, sevens, real.extractor)
     images = real.train.images[6000:][real.train.labels[6000:] == 7][:100]
     row = own.measure(images, sevens, overlap=False, neighbours=False)
     assert own.floor.values["frechet"] == pytest.approx(own.floor.values["within"], rel=0.02)
@@ -126,7 +127,7 @@ def test_ink_and_labels_that_were_not_asked_for(real: Yardstick, digits: Digits)
     shifted = real.measure(images, (real.labels + 1) % 10, overlap=False, neighbours=False)
     assert shifted.values["asked"] < 0.05 and shifted.values["within"] > 10 * real.floor.values["within"]
     few = Digits(real.train.images[:4400], real.train.labels[:4400])
-    unlabelled = Yardstick(few, real.test, torch.full((COUNT,), 10))
+    unlabelled = Yardstick(few, real.test, torch.full((COUNT,), 10), real.extractor)
     free = unlabelled.measure(images, torch.full((COUNT,), 10), overlap=False, neighbours=False)
     assert not {"within", "asked"} & free.values.keys() and not free.classes
     assert abs(unlabelled.over_floor("frechet", free)[0] - 1) < 1
@@ -233,11 +234,11 @@ def test_several_trainings_a_side_are_compared_by_the_spread_between_them() -> N
     assert verdict.a == pytest.approx(math.exp(mean(logs[0]))) and verdict.word == "better"
     assert verdict.low == pytest.approx(verdict.a * math.expm1(change - half))
     assert verdict.high == pytest.approx(verdict.a * math.expm1(change + half))
-    assert yardstick.smallest_shown(a, b) == pytest.approx(math.expm1(half))
+    assert smallest_shown(a, b) == pytest.approx(math.expm1(half))
 
 
 def test_few_trainings_take_the_spread_that_was_measured_once() -> None:
-    spread = yardstick.SPREAD["within"]
+    spread = SPREAD["within"]
     a, b = [row(within=0.3), row(within=0.3)], [row(within=0.3 * math.exp(-3 * spread))]
     (verdict,) = verdicts(a, b, FLOOR, 5)
     half = 1.95996 * spread * math.sqrt(1.5)

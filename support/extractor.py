@@ -1,0 +1,168 @@
+"""The judge of a data set: a small classifier whose penultimate layer is the space in which images are compared.
+
+The one for MNIST ships with the project; for other data one is trained by the same code, once, and kept.
+"""
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from tqdm import tqdm
+
+from config import ROOT, UserError
+from support.checkpoint import read_tensors, weights_digest
+from support.files import make_folder, write_atomically
+from support.runtime import to_unit
+
+EXTRACTOR = ROOT / "checkpoints" / "extractor.safetensors"  # of MNIST
+KEPT = Path("checkpoints") / "extractors"  # of all else
+SURE = 0.9  # probability of its likeliest class above which the classifier counts as sure of an image
+EPOCHS, BATCH, RATE, SMOOTHING = 8, 128, 4e-3, 0.03  # of its training; smoothing of the labels makes it less sure
+ROTATION, SCALE, SHIFT, SHEAR = 12.0, 0.12, 2.0, 0.15  # largest change: degrees, share, pixels, share
+FEWEST = 200  # test images, by which it is judged itself
+FEWEST_STEPS = 500  # of its training, however few the images are
+AVERAGE = 0.995  # decay of its averaged weights, warmed up
+
+
+class Extractor(nn.Module):
+    """forward(x [B, 1, 28, 28] in [-1, 1]) -> (features [B, 64], logits [B, 10]).
+
+    A loaded one also has `digest`, 16 hex digits that name its weights, and `meta`, how they were made.
+    """
+
+    digest: str = ""
+    meta: dict[str, Any] = {}
+
+    def __init__(self) -> None:
+        super().__init__()
+
+        def convolution(channels_in: int, channels: int) -> list[nn.Module]:
+            conv = nn.Conv2d(channels_in, channels, 3, padding=1, bias=False)
+            return [conv, nn.BatchNorm2d(channels), nn.ReLU()]
+
+        self.body = nn.Sequential(
+            *convolution(1, 16), *convolution(16, 16), nn.MaxPool2d(2),  # [B, 16, 14, 14]
+            *convolution(16, 48), *convolution(48, 48), nn.MaxPool2d(2),  # [B, 48, 7, 7]
+            *convolution(48, 96), *convolution(96, 96), nn.MaxPool2d(2),  # [B, 96, 3, 3]
+            nn.Flatten(), nn.Linear(864, 64, bias=False), nn.BatchNorm1d(64), nn.ReLU(),  # [B, 64]
+        )
+        self.head = nn.Linear(64, 10)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        features = self.body(x)
+        return features, self.head(features)
+
+
+@dataclass(frozen=True)
+class Features:
+    """What the extractor says of N images."""
+
+    features: Tensor  # float32 [N, 64]
+    probabilities: Tensor  # float32 [N, 10]
+
+
+@torch.no_grad()
+def extract(extractor: Extractor, images: Tensor, batch: int = 500) -> Features:
+    """Features and class probabilities of uint8 images [N, 1, 28, 28], all on the CPU."""
+    found = [extractor(to_unit(chunk).to(memory_format=torch.channels_last)) for chunk in images.split(batch)]
+    features, logits = (torch.cat(parts) for parts in zip(*found))
+    return Features(features, logits.softmax(dim=1))
+
+
+def load_extractor(path: Path = EXTRACTOR) -> Extractor:
+    """The extractor in eval mode on the CPU; raises UserError where its file is missing, damaged or of another make."""
+    advice = ("restore it from the repository, or train it again with benchmarks/train_extractor.py"
+              if path == EXTRACTOR else "delete it to have it trained again")
+    state, metadata = read_tensors(path, advice)
+    extractor = Extractor()
+    try:
+        extractor.load_state_dict(state)
+        digest, meta = metadata["digest"], json.loads(metadata["meta"])
+    except (RuntimeError, LookupError, ValueError):
+        raise UserError(f"{path}: it is no classifier that measures digits; {advice}") from None
+    if weights_digest(state) != digest:
+        raise UserError(f"{path}: the weights don't match their digest {digest}, so the file is damaged; {advice}")
+    extractor.digest, extractor.meta = digest, meta
+    return extractor.to(memory_format=torch.channels_last).eval().requires_grad_(False)
+
+
+def own_extractor(name: str, digest: str, train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor]) -> Extractor:
+    """The extractor of the data with that digest, images and labels each; trained and kept where there is none yet.
+
+    Raises UserError for fewer than FEWEST test images.
+    """
+    path = KEPT / f"{name}-{digest}.safetensors"
+    if not path.exists():
+        if len(test[1]) < FEWEST:
+            raise UserError(f"--dataset {name}: it has {len(test[1])} test images, and the classifier that judges what "
+                            f"is drawn takes at least {FEWEST}; add some")
+        print(f"The images of {name} need a judge of their own: a classifier, trained once (about three minutes for "
+              f"60,000 images on two cores) and kept in {path}.", flush=True)
+        extractor = train_extractor(*train, epochs=EPOCHS)
+        save_extractor(path, extractor, {"data": name, "torch": torch.__version__, **score(extractor, *test)})
+    extractor = load_extractor(path)
+    print(f"Judge: {path}, {extractor.meta.get('accuracy', math.nan):.2%} of the test images right.", flush=True)
+    return extractor
+
+
+def train_extractor(images: Tensor, labels: Tensor, seed: int = 0, epochs: int = EPOCHS) -> Extractor:
+    """Of uint8 images [N, 1, 28, 28] and labels [N], on the CPU."""
+    torch.manual_seed(seed)
+    random, size = torch.Generator().manual_seed(seed), min(BATCH, max(2, len(images) // 4))
+    network = Extractor().to(memory_format=torch.channels_last)
+
+    def average(averages: Any, weights: Any, updates: Any) -> None:
+        get_ema_multi_avg_fn(min(AVERAGE, (1 + int(updates)) / (10 + int(updates))))(averages, weights, updates)
+
+    averaged = AveragedModel(network, multi_avg_fn=average, use_buffers=True)
+    epochs = max(epochs, math.ceil(FEWEST_STEPS / (len(images) // size)))
+    steps = epochs * (len(images) // size)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=RATE, weight_decay=0.02)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=steps, pct_start=0.2)
+    with tqdm(total=steps, desc="training a judge", unit="step", leave=False) as bar:
+        for _ in range(epochs):
+            order = torch.randperm(len(images), generator=random)
+            for index in order[:len(order) // size * size].split(size):
+                x = augment(to_unit(images[index]), random).to(memory_format=torch.channels_last)
+                loss = F.cross_entropy(network(x)[1], labels[index], label_smoothing=SMOOTHING)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                schedule.step()
+                averaged.update_parameters(network)
+                bar.update()
+    return cast(Extractor, averaged.module.eval())
+
+
+def augment(x: Tensor, random: torch.Generator) -> Tensor:
+    """Each of the images x [B, 1, 28, 28] in [-1, 1] rotated, scaled, sheared and shifted by its own random amounts."""
+    angle, wide, high, shear, right, down = torch.rand(6, len(x), generator=random) * 2 - 1  # each [B]
+    cos, sin = (angle * math.radians(ROTATION)).cos(), (angle * math.radians(ROTATION)).sin()
+    wide, high, shift = 1 + SCALE * wide, 1 + SCALE * high, SHIFT * 2 / 28
+    rows = [torch.stack([cos * wide, SHEAR * shear - sin * wide, shift * right], dim=1),
+            torch.stack([sin * high, cos * high, shift * down], dim=1)]
+    grid = F.affine_grid(torch.stack(rows, dim=1), list(x.shape), align_corners=False)  # [B, 28, 28, 2]
+    return F.grid_sample(x + 1, grid, align_corners=False) - 1  # black outside
+
+
+def score(extractor: Extractor, images: Tensor, labels: Tensor) -> dict[str, float]:
+    """Accuracy, share of images it is sure of, and mean negative log-likelihood in nats."""
+    probabilities = extract(extractor, images).probabilities
+    likeliest = probabilities.max(1)
+    return {"accuracy": (likeliest.indices == labels).double().mean().item(),
+            "sure": (likeliest.values > SURE).double().mean().item(),
+            "nll": F.nll_loss(probabilities.log(), labels).item()}
+
+
+def save_extractor(path: Path, extractor: Extractor, meta: dict[str, Any]) -> None:
+    state = {name: tensor.contiguous() for name, tensor in extractor.state_dict().items()}
+    data = safetensors.torch.save(state, {"digest": weights_digest(state), "meta": json.dumps(meta)})
+    make_folder(path.parent)
+    write_atomically(path, lambda file: file.write(data))
