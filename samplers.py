@@ -17,7 +17,7 @@ from diffusion import Denoiser, NoiseSchedule, posterior, transition_variance
 
 Steps = Iterator[tuple[int, Tensor, Tensor]]
 Randn = Callable[[], Tensor]
-EASE = 0.3  # share of the Chebyshev nodes in the spacing "eased"
+EASE = 0.5  # share of the Chebyshev nodes in the spacing "eased"
 EDM_RHO, EDM_HIGHEST = 7, 20.0  # of the spacing "edm"; sigma / alpha above which the data hardly shows
 
 

@@ -13,7 +13,7 @@ from samplers import spaced_timesteps
 from support.runtime import Runtime
 
 CPU = Runtime(torch.device("cpu"), bf16=False, compile=False)
-OPTIONS = SampleConfig(sampler="dpmpp", steps=3, guidance=1.0)
+OPTIONS = SampleConfig(sampler="dpmpp", steps=3, spacing="trailing", guidance=1.0, guidance_interval=None)
 COUNT = 130  # two whole chunks and a little
 
 
