@@ -258,6 +258,13 @@ def _captured(network: Network, arguments: Sequence[Tensor], runtime: Runtime) -
     return replay
 
 
+def evaluations(schedule: NoiseSchedule, options: SampleConfig) -> int:
+    """How often the network is evaluated for an image: once a step, twice where it is guided."""
+    low, high = options.guidance_interval or (0, schedule.timesteps)
+    times = timesteps_of(schedule, options.steps, options.spacing)[:-1]
+    return len(times) + (sum(low < t <= high for t in times) if options.guidance != 1 else 0)
+
+
 def solver_options(options: SampleConfig) -> dict[str, Any]:
     """The keywords that only one sampler has."""
     own: dict[str, dict[str, Any]] = {"ddim": {"eta": options.eta}, "ddpm": {"variance": options.variance}}

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import config as configs
 from config import Config
-from drawing import Order, Trace, Trained, announce, draw, guided, load_trained, origin
+from drawing import Order, Trace, Trained, announce, draw, evaluations, guided, load_trained, origin
 from samplers import spaced_timesteps
 from support import checkpoint, plots
 from support.files import make_folder, write_atomically
@@ -50,7 +50,8 @@ def write_samples(trained: Trained, config: Config, runtime: Runtime, clock: Clo
     order = Order(options, config.seed, indices, trained.labels(options.digits, config.seed, len(indices)))
     trace = Trace()
     x = draw(trained, order, runtime, trace, progress=True)
-    clock.lap(f"draw {len(indices)} images in {options.steps} steps ({options.sampler})")
+    clock.lap(f"draw {len(indices)} images in {options.steps} steps, "
+              f"{evaluations(trained.schedule, options)} evaluations each ({options.sampler})")
     paths = runtime.only_first(lambda: write_pictures(folder, to_uint8(x), order, trace, trained))
     for path in paths:
         runtime.say(f"  {path}")

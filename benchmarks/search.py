@@ -48,7 +48,9 @@ RECIPES: dict[str, str] = {
     "x0": "--prediction x0",
     "linear v": "--schedule linear",
     "ddpm": "--prediction noise --schedule linear --no-clip-loss",
-    "blocks 1-2-2": "--blocks 1 2 2",
+    "blocks 1-1-1": "--blocks 1 1 1",
+    "blocks 1-1-1, no attention": "--blocks 1 1 1 --attention",
+    "blocks 1-1-1, label dropout 0.05": "--blocks 1 1 1 --label-dropout 0.05",
     "wide 16-48-128": "--channels 16 48 128",
     "no attention": "--attention",
 }

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from common import Parser, Trainee, config_of, count, interleaved, load_digits, machine, peak_memory, run_script, table
 from torch import Tensor, nn
 
+import drawing
 import train
 from config import RESOLUTIONS
 from diffusion import diffusion_loss, make_schedule
@@ -222,7 +223,7 @@ def show_drawing(trainee: Trainee, repeats: int) -> None:
                        max(3, repeats // 2), trainee.run.runtime)
     default, ancestral = f"{options.sampler}, {options.steps} steps", took["ancestral"] * timesteps / FEW
     show("Drawing 256 images", ("sampler", "network evaluations", "seconds"), [
-        (f"{default}, guided (default)", f"{2 * options.steps:,}", f"{took['guided']:.2f}"),
+        (f"{default} (default)", drawing.evaluations(trainee.run.schedule, options), f"{took['guided']:.2f}"),
         (f"{default}, --guidance 1", f"{options.steps:,}", f"{took['plain']:.2f}"),
         (f"ddpm, ancestral, extrapolated from {FEW} steps", f"{timesteps:,}", f"{ancestral:.1f}")])
 

@@ -7,7 +7,7 @@ import torch
 
 from config import NO_LABEL, Config, DiffusionConfig, ModelConfig, SampleConfig, TrainConfig, UserError
 from diffusion import make_schedule
-from drawing import Order, Trace, Trained, choose_labels, draw, guided
+from drawing import Order, Trace, Trained, choose_labels, draw, evaluations, guided
 from model import UNet
 from samplers import spaced_timesteps
 from support.runtime import Runtime
@@ -98,6 +98,17 @@ def test_image_i_takes_slot_i_of_its_chunk(schedule):
              for x, label in seen]
     assert sorted(slots, key=len) == [{2: 1}, {3: 3}, {2: 2, 0: 4}]
     assert all((label == NO_LABEL).sum() == CPU.chunk - len(taken) for taken, (_, label) in zip(slots, seen))
+
+
+def test_evaluations_are_counted(schedule) -> None:
+    ten = replace(OPTIONS, steps=10)  # 100, 90, ... 10
+    for options, expected in ((ten, 10), (replace(ten, guidance=2.0), 20),
+                              (replace(ten, guidance=2.0, guidance_interval=(30, 60)), 13),
+                              (replace(ten, guidance_interval=(30, 60)), 10)):
+        calls: list[int] = []
+        network = lambda x, t, label: calls.append(len(x)) or 0 * x  # noqa: E731
+        drawn(network, schedule, options, 0, range(3), torch.zeros(3).long())
+        assert evaluations(schedule, options) == expected == sum(calls) / CPU.chunk
 
 
 def test_the_network_is_given_chunks_of_one_size(schedule):
