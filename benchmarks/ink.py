@@ -28,9 +28,10 @@ def main(argv: list[str]) -> None:
     parser = Parser(__doc__, "--data-dir", "--device", "--images")
     parser.add_argument("--checkpoint", type=Path, default=None, help="unset: the weights that ship")
     parser.add_argument("--steps", type=int, nargs="+", default=[10, 15, 25])
+    parser.add_argument("--sampler", default="dpmpp-sde")
     options = parser.parse(argv)
     flags = ["--checkpoint", str(options.checkpoint)] if options.checkpoint else ["--name", "none-of-this-name"]
-    config = config_of(options, *flags)
+    config = config_of(options, *flags, "--sampler", options.sampler)
     with runtime.start(config) as here, torch.inference_mode():
         trained = load_trained(config, here)
         schedule, (digits, _) = trained.schedule, load_digits(config, here.device)

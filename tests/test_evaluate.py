@@ -180,7 +180,8 @@ def test_copying_is_said(few_digits: None) -> None:
 @pytest.fixture
 def two(own_folder: Path, few_digits: None, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Flags that compare a run with another, which is its twin but for its weights, its rate and its code."""
-    monkeypatch.setattr("yardstick.FEWEST_BLOCKS", 10)
+    for module in ("yardstick", "compare"):
+        monkeypatch.setattr(f"{module}.FEWEST_BLOCKS", 10)
     monkeypatch.setattr("yardstick.FEWEST_DRAWN", 80)
     save_network(Path("checkpoints/one/last.safetensors"), code={"model.py": "a", "train.py": "b"})
     save_network(Path("checkpoints/two/last.safetensors"), 1, ("--lr", "0.1"), code={"model.py": "c", "train.py": "b"},
