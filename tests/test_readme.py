@@ -78,7 +78,7 @@ def test_data_set_example(examples, tmp_path) -> None:
 
 
 def test_flags_in_the_readme_exist() -> None:
-    commands = re.findall(r"python run\.py (-[^`\n;]+)", README.replace("$s", "0"))
+    commands = re.findall(r"python run\.py (-[^`\n;#]+)", README.replace("$s", "0"))
     assert len(commands) >= 8
     for command in set(commands) - {"--help"}:
         configs.parse(shlex.split(command.replace("--schedule sigmoid", "")))  # which the reader adds
