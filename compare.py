@@ -49,7 +49,7 @@ def run(config: Config, runtime: Runtime) -> None:
         raise UserError(f"--num-images {count}: an interval takes at least {fewest:,} images; draw more")
     a, b = sides = [load_side(text, config, count, runtime) for text in config.compare.runs]
     data = require_comparable(sides)
-    if config.dataset == "auto" and data.get("name") in ("mnist", "generated"):
+    if config.dataset == "auto" and data.get("name") in (*dataset.SOURCES, "generated"):
         config = replace(config, dataset=data["name"])
     config = dataset.resolve(config, runtime)
     train, test = (dataset.load_shared(config, split, runtime) for split in ("train", "test"))
