@@ -64,7 +64,8 @@ def run(config: Config, runtime: Runtime) -> None:
     if int((train.labels != train.labels[0]).sum()) == 0:
         raise UserError(f"--dataset {config.dataset}: all images are of one class, and what decides is judged by a "
                         "classifier of classes; look at --mode evaluate instead")
-    runtime.only_first(lambda: made.append(Yardstick(train, test, a.orders[0].labels, judge(config, train, test))))
+    labels = a.orders[0].labels
+    runtime.only_first(lambda: made.append(Yardstick(train, test, labels, judge(config, train, test, labels))))
     clock.lap("look at real images")
     rows: list[list[Row]] = [[], []]
     pictures: list[Tensor] = []

@@ -280,4 +280,5 @@ def batch_indices(seed: int, step: int, batch_size: int, n: int, device: torch.d
 
 @lru_cache(maxsize=2)
 def _permutation(seed: int, epoch: int, n: int, device: torch.device | str) -> Tensor:
-    return torch.randperm(n, generator=generator("cpu", seed, ORDER_STREAM, epoch)).to(device, non_blocking=True)
+    order = torch.randperm(n, generator=generator("cpu", seed, ORDER_STREAM, epoch))
+    return order.to(device, non_blocking=torch.device(device).type == "cuda")  # elsewhere it may read freed memory

@@ -118,8 +118,14 @@ def announce(trained: Trained, config: Config, runtime: Runtime) -> None:
 
 
 def guided(options: SampleConfig, trained: Trained, runtime: Runtime) -> SampleConfig:
-    """The options, with guidance 1 where there is nothing to guide, and 0, without labels, where none was learned."""
-    dropout = trained.config.train.label_dropout
+    """The options, with guidance 1 where there is nothing to guide, and 0, without labels, where none was learned.
+
+    The default interval is that of 1,000 noise levels, and scaled to others.
+    """
+    dropout, default = trained.config.train.label_dropout, SampleConfig.guidance_interval
+    if default is not None and options.guidance_interval == default:
+        low, high = (round(t * trained.schedule.timesteps / 1000) for t in default)
+        options = replace(options, guidance_interval=(low, high))
     if dropout == 1:
         runtime.say("This network was trained with --label-dropout 1, so it knows images only without labels, and "
                     "draws any digit.")
@@ -246,7 +252,7 @@ def _captured(network: Network, arguments: Sequence[Tensor], runtime: Runtime) -
             network(*inputs)
     torch.cuda.current_stream(runtime.device).wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads, as NCCL's, go on
         output = network(*inputs)
 
     def replay(*arguments: Tensor) -> Tensor:  # holds no network, so that _GRAPHS can forget it

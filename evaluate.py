@@ -52,7 +52,8 @@ def run(config: Config, runtime: Runtime) -> None:
     order = Order(options, config.seed, range(count), trained.labels(options.digits, config.seed, count))
     clock.lap("load")
     made: list[Yardstick] = []
-    runtime.only_first(lambda: made.append(Yardstick(train, test, order.labels, judge(config, train, test))))
+    labels = order.labels
+    runtime.only_first(lambda: made.append(Yardstick(train, test, labels, judge(config, train, test, labels))))
     clock.lap("look at real images")
     yardstick = made[0] if runtime.first else None
     if config.evaluate.sweep:
@@ -205,7 +206,8 @@ def sweep(trained: Trained, order: Order, yardstick: Yardstick | None, folder: P
             continue
         row = yardstick.measure(images, order.labels, neighbours=False)
         key = sampler, steps
-        cells[key], seconds[key], quality[key] = images[:8], took, yardstick.over_floor("frechet", row)[0]
+        told = "frechet" if "frechet" in row.values else "texture"  # which takes no classifier
+        cells[key], seconds[key], quality[key] = images[:8], took, yardstick.over_floor(told, row)[0]
         lines.append({"sampler": sampler, "steps": steps, "seconds_per_256": round(took, 3)})
         for measure in MEASURES:
             if measure.key in row.values:

@@ -193,6 +193,7 @@ def training_step(forward: Network, run: Run) -> Tensor:
 
 def read_losses(run: Run, bar: Any = None) -> None:
     """Waits for the losses of the steps since the last look, and adds them to the history in the order of the steps."""
+    longest = run.bad
     for loss in torch.stack(run.unread).tolist() if run.unread else []:
         if math.isfinite(loss):
             run.history["running"] = [run.history["running"][0] + loss, run.history["running"][1] + 1]
@@ -200,9 +201,10 @@ def read_losses(run: Run, bar: Any = None) -> None:
         else:
             run.history["skipped"] += 1
             run.bad += 1
+            longest = max(longest, run.bad)
     run.unread.clear()
-    if run.bad >= BAD_STEPS:
-        give_up(run)
+    if longest >= BAD_STEPS:
+        give_up(run, longest)
     if bar is not None and run.history["running"][1]:
         bar.set_postfix(loss=f"{run.history['running'][0] / run.history['running'][1]:.4f}", refresh=False)
 
@@ -301,11 +303,11 @@ def save(run: Run) -> None:
     run.runtime.only_first(work)
 
 
-def give_up(run: Run) -> None:
+def give_up(run: Run, bad: int) -> None:
     there = run.runtime.only_first(lambda: run.path.exists())
     kept = f"; {run.path} holds the weights from before" if there else ""
-    raise UserError(f"the loss or its gradient was not finite in {run.bad} steps in a row, the last one step "
-                    f"{run.step}: start over with --fresh and a lower --lr, or --precision fp32{kept}")
+    raise UserError(f"the loss or its gradient was not finite in {bad} steps in a row, up to step {run.step}: "
+                    f"start over with --fresh and a lower --lr, or --precision fp32{kept}")
 
 
 def is_drawn(run: Run) -> bool:

@@ -41,7 +41,7 @@ def verdicts(a: list[Row], b: list[Row], floor: Row, sets: int) -> list[Verdict]
             error, freedom = _between_trainings(points, measure.key)
         else:
             error, freedom = _paired_error(a[0], b[0], measure.key, floor, sets)
-        real = scale(floor.values[measure.key]) if measure.key in floor.values else None
+        real = scale(max(floor.values[measure.key], 1e-9)) if measure.key in floor.values else None
         gain = _gain(measure, mean_a, mean_b, real)
         low = high = p = None
         if error is not None:
@@ -52,7 +52,7 @@ def verdicts(a: list[Row], b: list[Row], floor: Row, sets: int) -> list[Verdict]
             if not several and measure.key not in OVERLAP and gain is not None:
                 error = jackknife_error(_gain(measure, a[0].left_out[measure.key], b[0].left_out[measure.key], real))
             if real is not None and measure.good == "floor" and (mean_a - real) * (mean_b - real) < 0:
-                own = floor.errors[measure.key] / (floor.values[measure.key] if several else 1)
+                own = floor.errors[measure.key] / (max(floor.values[measure.key], 1e-9) if several else 1)
                 error = math.hypot(error, 2 * own / math.sqrt(sets))  # on both sides of the floor, its error counts
             p = None if gain is None else student_p(gain / error if error else 0.0, freedom)
         found.append((Verdict(measure, unscale(mean_a), unscale(mean_b), low, high, p, ""), gain))

@@ -26,6 +26,7 @@ from support.statistics import deviation, jackknife_error, mean
 FLOOR_STREAM = 7  # of random numbers; see train.py, drawing.py and likelihood.py for others
 FEWEST = 200  # real images (of a class, too), below which the covariance of 64 features says nothing
 FEWEST_DRAWN = 100  # of a class, likewise
+FEWEST_WRITERS = 50  # test images
 FEWEST_BLOCKS, MOST_BLOCKS = 20, 100  # below, a jackknife says nothing; above, it takes longer and gains nothing
 SETS = 5  # of real images in the floor, at most
 
@@ -99,6 +100,9 @@ class Yardstick:
         self.sets = floor_sets(self.train.labels, self.labels)
         asked = torch.isin(self.test.labels, self.labels)
         self.writers = Digits(self.test.images[asked], self.test.labels[asked])
+        if len(self.writers) < FEWEST_WRITERS:
+            raise UserError(f"--digits: {len(self.writers)} test images of the classes that are drawn, and measuring "
+                            f"takes at least {FEWEST_WRITERS}; ask for other classes, or add test images")
         grey = self.train.images.double().mean((1, 2, 3))
         ink = torch.zeros(CLASSES, dtype=torch.float64).index_add(0, self.train.labels, grey)
         self.ink = ink / per_class.clamp(min=1)  # mean grey level of each class
@@ -261,13 +265,18 @@ def floor_sets(real: Tensor, labels: Tensor) -> list[Tensor]:
     return sets
 
 
-def judge(config: Config, train: Digits, test: Digits) -> Extractor | None:
-    """The classifier that knows these images: the shipped one of MNIST, or the data set's own; None for one class."""
+def judge(config: Config, train: Digits, test: Digits, labels: Tensor) -> Extractor | None:
+    """The classifier that knows these images: the shipped one of MNIST, or the data set's own; None for one class.
+
+    Raises UserError where there are too few images to judge any with these labels.
+    """
     digest = describe(train, "")["digest"]
     if config.dataset == "generated" or digest == MNIST_DIGEST:
         return load_extractor()
     if len(train.labels.unique()) == 1:
         print("These images are all of one class, so no classifier can judge them: only what takes none is measured.")
         return None
+    if int(labels.max()) < CLASSES:
+        floor_sets(train.labels.cpu(), labels)  # before minutes of training
     pairs = ((digits.images.cpu(), digits.labels.cpu()) for digits in (train, test))
     return own_extractor(configs.run_name(replace(config, name=None)), digest, *pairs)

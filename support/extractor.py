@@ -5,6 +5,7 @@ The one for MNIST ships with the project; for other data one is trained by the s
 
 import json
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -103,8 +104,11 @@ def own_extractor(name: str, digest: str, train: tuple[Tensor, Tensor], test: tu
         if len(test[1]) < FEWEST:
             raise UserError(f"--dataset {name}: it has {len(test[1])} test images, and the classifier that judges what "
                             f"is drawn takes at least {FEWEST}; add some")
-        print(f"The images of {name} need a judge of their own: a classifier, trained once (about three minutes for "
-              f"60,000 images on two cores) and kept in {path}.", flush=True)
+        if os.environ.get("WORLD_SIZE", "1") != "1":
+            raise UserError(f"--dataset {name}: its judge is not trained yet, and the other processes would wait in "
+                            "vain; run one process first")
+        print(f"The images of {name} need a judge of their own: a classifier, trained once (a few minutes for "
+              f"60,000 images) and kept in {path}.", flush=True)
         extractor = train_extractor(*train, epochs=EPOCHS)
         save_extractor(path, extractor, {"data": name, "torch": torch.__version__, **score(extractor, *test)})
     extractor = load_extractor(path)

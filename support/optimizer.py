@@ -39,6 +39,8 @@ class Optimizer:
 
     def step(self, good: Tensor) -> None:
         """One update by the gradients, or none: good, bool [], is on the parameters' device."""
+        if good.device.type == "mps" and not good:  # whose fused AdamW may not know found_inf; this waits
+            return
         for part in self.parts.values():
             part.found_inf = (~good).float()  # type: ignore[attr-defined]  # torch's own name, of its gradient scaler
             part.step()

@@ -14,7 +14,7 @@ import config as configs
 import dataset
 import drawing
 import train
-from config import Config, ModelConfig
+from config import Config, ModelConfig, UserError
 from dataset import Digits
 from diffusion import diffusion_loss, make_schedule
 from model import UNet
@@ -178,3 +178,10 @@ def test_a_compiled_run_learns_the_same(monkeypatch: pytest.MonkeyPatch) -> None
             run.step += 1
         assert losses[0] == pytest.approx(losses[1], abs=1e-3), step
     assert losses[0] < 0.9
+
+
+def test_a_long_streak_of_bad_steps_ends_a_run_though_the_last_was_good() -> None:
+    run = tiny_run()
+    run.unread = [torch.tensor(value) for value in (0.1, *[torch.nan] * train.BAD_STEPS, 0.2)]
+    with pytest.raises(UserError, match="not finite in 20 steps in a row"):
+        train.read_losses(run)

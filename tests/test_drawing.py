@@ -190,3 +190,10 @@ def test_labels_follow_from_seed_and_index_and_show_no_pattern():
     for step in (1, 16):  # neighbours in a row, or in a column of a grid of 256, are independent: 99 degrees of freedom
         pairs = torch.bincount(labels[:-step] * 10 + labels[step:], minlength=100)
         assert ((pairs - 50.0) ** 2 / 50).sum() < 190
+
+
+def test_the_default_interval_fits_the_number_of_noise_levels(network, schedule) -> None:
+    """100 of them here; one's own is taken as it is."""
+    trained = Trained(network, schedule, Config(), {})
+    assert guided(SampleConfig(), trained, CPU).guidance_interval == (40, 65)
+    assert guided(SampleConfig(guidance_interval=(1, 7)), trained, CPU).guidance_interval == (1, 7)

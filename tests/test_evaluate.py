@@ -1,6 +1,7 @@
 """modes evaluate and compare, end to end on generated digits: tables, controls, files, the sweep, what they refuse."""
 
 import csv
+import dataclasses
 import io
 import json
 import sys
@@ -233,7 +234,8 @@ def test_comparing_takes_two_sides_and_enough_images(two: list[str], capsys: Cap
 def test_a_side_has_its_own_way_of_drawing_or_several_runs(two: list[str]) -> None:
     config = configs.parse(two)
     plain, own = (load_side(text, config, 2000, CPU) for text in ("one", "one --guidance 1.5 --sampler ddim --eta 0.5"))
-    assert plain.orders[0].options == config.sample and own.orders[0].options.guidance == 1.5
+    expected = dataclasses.replace(config.sample, guidance_interval=(2, 4))  # of 6 noise levels
+    assert plain.orders[0].options == expected and own.orders[0].options.guidance == 1.5
     assert torch.equal(plain.orders[0].labels, own.orders[0].labels)
     said = " ".join(differences(plain, own))
     assert "guidance is" in said and "sampler is dpmpp-sde, and ddim" in said and "Code" not in said
