@@ -97,8 +97,8 @@ def measure_all(trained: Trained, order: Order, yardstick: Yardstick | None, lik
     write_atomically(folder / "metrics.json", lambda file: file.write(text.encode()))
     save_pictures(folder, images, row, yardstick, likelihood, source)
     runtime.barrier()
-    return [path for path in (folder / name for name in ("metrics.json", "evaluation.png", "neighbours.png"))
-            if path.exists()]
+    pictures = ["evaluation.png", "neighbours.png"] if yardstick.extractor else ["neighbours.png"]
+    return [folder / name for name in ("metrics.json", *pictures)]
 
 
 def controls(yardstick: Yardstick) -> dict[str, Row]:

@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import config as configs
 import dataset
 import drawing
 import train
+from benchmarks.common import Operations
 from config import Config, ModelConfig, UserError
 from dataset import Digits
 from diffusion import diffusion_loss, make_schedule
@@ -24,19 +24,6 @@ from tests.conftest import TINY
 
 CPU = Runtime(torch.device("cpu"), bf16=False, compile=False)
 GOOD, BAD = torch.tensor(True), torch.tensor(False)
-
-
-class Watched(TorchDispatchMode):
-    """Counts operations, and those for whose result the host waits."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.operations = self.waits = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.operations += 1
-        self.waits += func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
-        return func(*args, **(kwargs or {}))
 
 
 def tiny_run(*flags: str) -> train.Run:
@@ -51,13 +38,13 @@ def test_a_step_never_waits_for_the_device(flags: tuple[str, ...], monkeypatch: 
     for name in ("tolist", "numpy", "cpu"):  # these leave no operation
         monkeypatch.setattr(Tensor, name, lambda *_: pytest.fail("the host waits"))
     for _ in range(3):
-        with Watched() as watched:
+        with Operations() as watched:
             run.optimizer.set_rate(1e-3)
             run.unread.append(train.training_step(run.network, run))
         run.step += 1
-        assert watched.waits == 0 and watched.operations > 100
+        assert watched.waits == 0 and watched.count > 100
     monkeypatch.undo()
-    with Watched() as watched:
+    with Operations() as watched:
         bool(run.unread[0] > 0)
     assert watched.waits == 1
     train.read_losses(run)
