@@ -125,7 +125,7 @@ class Config:
     seed: Annotated[int, Ge(0), Lt(2**63)] = 0  # every random number follows from it
     device: Device = "auto"  # cuda, cuda:1, mps, cpu, or auto: the first of these that is there
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 on CUDA, fp32 elsewhere
-    compile: Literal["auto", "on", "off"] = "auto"  # torch.compile; auto: on CUDA where a compiler is found
+    compile: Literal["auto", "on", "off"] = "auto"  # torch.compile, and CUDA graphs; auto: on CUDA alone
     model: ModelConfig = field(default_factory=ModelConfig)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     train: TrainConfig = field(default_factory=TrainConfig)

@@ -6,11 +6,11 @@ the reverse process looks for is the loop over SAMPLERS in `_draw_chunk`.
 """
 
 import itertools
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
-from weakref import WeakKeyDictionary
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -23,13 +23,13 @@ from diffusion import Network, NoiseSchedule, make_denoiser
 from model import UNet
 from samplers import SAMPLERS, spaced_timesteps, timesteps_of
 from support import checkpoint, plots
-from support.runtime import Runtime, generator, to_uint8
+from support.runtime import Captured, Runtime, generator, to_uint8
 
 NOISE_STREAM, DIGIT_STREAM = 2, 3  # of random numbers; train.py owns stream 1
 SHOWN = 6  # images in the pictures of the process
 BLOCK = 100  # images whose labels are a design together
 GOLDEN = (5**0.5 - 1) / 2
-_GRAPHS: WeakKeyDictionary[Network, dict[int, Network]] = WeakKeyDictionary()  # by size of batch
+_GRAPHS: weakref.WeakKeyDictionary[Network, dict[int, Network]] = weakref.WeakKeyDictionary()  # by size of batch
 
 
 @dataclass(frozen=True)
@@ -180,8 +180,8 @@ def draw(trained: Trained, order: Order, runtime: Runtime, trace: Trace | None =
         chunks.setdefault(index // runtime.chunk, []).append(position)
     mine = list(chunks.items())[runtime.rank::runtime.world]
     images = torch.zeros(len(order.indices), 1, 28, 28)
-    if runtime.device.type == "cuda":
-        trained = replace(trained, network=_graphed(trained.network, runtime))
+    if runtime.device.type == "cuda" and runtime.compile:
+        trained = replace(trained, network=_graphed(trained.network))
 
     def draw_mine() -> list[tuple[list[int], Any]]:
         bar = tqdm(total=len(mine) * steps, desc="drawing", unit="step", leave=False,
@@ -226,42 +226,21 @@ def _draw_chunk(trained: Trained, order: Order, runtime: Runtime,
     return x[slots].float().cpu()
 
 
-def _graphed(network: Network, runtime: Runtime) -> Network:
+def _graphed(network: Network) -> Network:
     """The network as captured CUDA graphs: at a chunk's size, launching costs more than computing.
 
     Captured once for each network and size of batch (with guidance it is twice the chunk), and freed with the network,
     whose weights a graph reads where they lie: in training, previews see them as they are by then.
     """
-    graphs = _GRAPHS.setdefault(network, {})
+    graphs, itself = _GRAPHS.setdefault(network, {}), weakref.ref(network)  # a graph that held it would keep both
 
     def call(*arguments: Tensor) -> Tensor:
         size = len(arguments[0])
         if size not in graphs:
-            graphs[size] = _captured(network, arguments, runtime)
+            graphs[size] = Captured(lambda *inputs: cast(Network, itself())(*inputs))
         return graphs[size](*arguments)
 
     return call
-
-
-def _captured(network: Network, arguments: Sequence[Tensor], runtime: Runtime) -> Network:
-    inputs = [argument.clone() for argument in arguments]
-    side = torch.cuda.Stream(runtime.device)
-    side.wait_stream(torch.cuda.current_stream(runtime.device))
-    with torch.cuda.stream(side):
-        for _ in range(3):  # the libraries choose their kernels before the capture
-            network(*inputs)
-    torch.cuda.current_stream(runtime.device).wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads, as NCCL's, go on
-        output = network(*inputs)
-
-    def replay(*arguments: Tensor) -> Tensor:  # holds no network, so that _GRAPHS can forget it
-        for static, argument in zip(inputs, arguments, strict=True):
-            static.copy_(argument)
-        graph.replay()
-        return output.clone()
-
-    return replay
 
 
 def evaluations(schedule: NoiseSchedule, options: SampleConfig) -> int:

@@ -2,7 +2,7 @@
 
 A step's images, timesteps and noise are a function of (seed, step), so a run that was stopped and continued is the
 run that was not. Every process of torchrun takes its share of the same global batch. The learning itself is
-`training_step`; `train` around it is clocks, saves and signals.
+`learner`; `train` around it is clocks, saves and signals.
 """
 
 import contextlib
@@ -10,6 +10,7 @@ import copy
 import hashlib
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -23,14 +24,14 @@ import config as configs
 import dataset
 from config import NO_LABEL, ROOT, Config, TrainConfig, UserError
 from dataset import Digits
-from diffusion import Network, NoiseSchedule, diffusion_loss, make_schedule, stratified_timesteps
+from diffusion import NoiseSchedule, diffusion_loss, make_schedule, stratified_timesteps
 from model import UNet, count_parameters, gflop_per_image
 from record import milestone, record
 from samplers import spaced_timesteps
 from support import checkpoint
 from support.files import lock, make_folder
 from support.optimizer import Optimizer, update_average
-from support.runtime import Runtime, StopSignals, compiled, generator, seed_of, to_unit
+from support.runtime import Captured, Runtime, StopSignals, compiled, generator, seed_of, to_unit
 
 TRAIN_STREAM, DROPOUT_STREAM = 1, 9  # of random numbers; see drawing.py, record.py and others for the rest
 SAVE_SECONDS = 30.0  # from one checkpoint to the next: what a kill costs
@@ -123,8 +124,7 @@ def run(config: Config, runtime: Runtime) -> tuple[int, Config | None]:
 def train(run: Run) -> int | None:
     """The loop, with its saves; returns the number of the signal that stopped it, or None at the end of the run."""
     options, runtime, count = run.config.train, run.runtime, len(run.train)
-    ours: nn.Module = run.network if runtime.world == 1 else DistributedDataParallel(run.network)
-    forward = compiled(ours, runtime)
+    learn = learner(run)
     seconds_before, started = run.history["seconds"], time.perf_counter()
     last_save = last_read = time.perf_counter()
     run.network.train()
@@ -149,7 +149,7 @@ def train(run: Run) -> int | None:
             if options.minutes is not None and progress > 0.01:
                 bar.total = round(run.step / progress)  # for the bar's ETA
             run.optimizer.set_rate(learning_rate(options, run.step, progress))
-            run.unread.append(training_step(forward, run))
+            run.unread.append(training_step(learn, run))
             run.step += 1
             bar.update()
             epoch_before, epoch = ((s * options.batch_size) / count for s in (run.step - 1, run.step))
@@ -164,31 +164,55 @@ def train(run: Run) -> int | None:
     return int(signal_number) or None
 
 
-def training_step(forward: Network, run: Run) -> Tensor:
-    """One step of all processes on the batch of (seed, step); the batch's mean loss [], nan if the step was skipped.
+def training_step(learn: Callable[..., Tensor], run: Run) -> Tensor:
+    """One step of all processes, by the run's `learner`; the batch's mean loss [], nan if the step was skipped."""
+    if run.config.model.dropout:
+        torch.manual_seed(seed_of(run.config.seed, DROPOUT_STREAM, run.step, run.runtime.rank))
+    kept = min(run.config.train.ema, (1 + run.step) / (10 + run.step))  # of the average: short-lived at first
+    return learn(*draw_batch(run), torch.full((), kept, device=run.runtime.device))
+
+
+def draw_batch(run: Run) -> tuple[Tensor, Tensor, Tensor]:
+    """Of a step, by (seed, step) alone: indices of its images [B], uniform numbers [1 + B], noise [B, 1, 28, 28]."""
+    size, seed, device = run.config.train.batch_size, run.config.seed, run.runtime.device
+    random = generator(device, seed, TRAIN_STREAM, run.step)
+    uniform = torch.rand(1 + size, generator=random, device=device)
+    noise = torch.randn(size, 1, 28, 28, generator=random, device=device)
+    return dataset.batch_indices(seed, run.step, size, len(run.train), device), uniform, noise
+
+
+def learner(run: Run) -> Callable[..., Tensor]:
+    """What a step does with what `draw_batch` drew, and with the average's decay []; returns the mean loss [].
 
     A loss or gradient that is not finite never reaches the weights. All of it is decided on the device: the host
-    launches the step and does not wait for it.
+    launches the step and does not wait for it, and on a GPU it is one launch.
     """
-    options, runtime = run.config.train, run.runtime
-    images, labels, t, noise = batch(run)
-    if run.config.model.dropout:
-        torch.manual_seed(seed_of(run.config.seed, DROPOUT_STREAM, run.step, runtime.rank))
-    with runtime.autocast():
-        losses = diffusion_loss(forward, run.schedule, images, labels, t, noise, options.clip_loss)
-    # DistributedDataParallel averages over processes; the shares of the batch may differ by one image.
-    loss = losses.sum() * (runtime.world / options.batch_size)
-    loss.backward()
-    norm = nn.utils.clip_grad_norm_(run.network.parameters(), options.grad_clip)
-    total = loss.detach()
-    if runtime.world > 1:
-        torch.distributed.all_reduce(total)
-        total /= runtime.world
-    good = torch.isfinite(norm + total)
-    run.optimizer.step(good)
-    update_average(run.average, run.network, options.ema, run.step, good)
-    run.network.zero_grad()
-    return torch.where(good, total, torch.nan)
+    options, runtime, digits = run.config.train, run.runtime, run.train
+    ours: nn.Module = run.network if runtime.world == 1 else DistributedDataParallel(run.network)
+    forward = compiled(ours, runtime)
+    share = slice(runtime.rank, None, runtime.world)
+
+    def learn(indices: Tensor, uniform: Tensor, noise: Tensor, kept: Tensor) -> Tensor:
+        t = stratified_timesteps(run.schedule.timesteps, options.batch_size, uniform[:1])[share]
+        labels = digits.labels[indices].masked_fill(uniform[1:] < options.label_dropout, NO_LABEL)[share]
+        with runtime.autocast():
+            losses = diffusion_loss(forward, run.schedule, to_unit(digits.images[indices[share]]), labels, t,
+                                    noise[share], options.clip_loss)
+        # DistributedDataParallel averages over processes; the shares of the batch may differ by one image.
+        loss = losses.sum() * (runtime.world / options.batch_size)
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(run.network.parameters(), options.grad_clip)
+        total = loss.detach()
+        if runtime.world > 1:
+            torch.distributed.all_reduce(total)
+            total /= runtime.world
+        good = torch.isfinite(norm + total)
+        run.optimizer.step(good)
+        update_average(run.average, run.network, kept, good)
+        run.network.zero_grad()
+        return torch.where(good, total, torch.nan)
+
+    return Captured(learn) if runtime.compile and runtime.world == 1 and runtime.device.type == "cuda" else learn
 
 
 def read_losses(run: Run, bar: Any = None) -> None:
@@ -209,19 +233,6 @@ def read_losses(run: Run, bar: Any = None) -> None:
         bar.set_postfix(loss=f"{run.history['running'][0] / run.history['running'][1]:.4f}", refresh=False)
 
 
-def batch(run: Run) -> tuple[Tensor, ...]:
-    """This process's share of the images in [-1, 1], labels, t and noise of a step: a function of (seed, step)."""
-    size, seed, device = run.config.train.batch_size, run.config.seed, run.runtime.device
-    share = slice(run.runtime.rank, None, run.runtime.world)
-    indices = dataset.batch_indices(seed, run.step, size, len(run.train), device)[share]
-    random = generator(device, seed, TRAIN_STREAM, run.step)
-    offset, *dropped = torch.rand(1 + size, generator=random, device=device).split([1, size])
-    noise = torch.randn(size, 1, 28, 28, generator=random, device=device)[share]
-    t = stratified_timesteps(run.schedule.timesteps, size, offset)
-    labels = run.train.labels[indices].masked_fill(dropped[0][share] < run.config.train.label_dropout, NO_LABEL)
-    return to_unit(run.train.images[indices]), labels, t[share], noise
-
-
 def learning_rate(options: TrainConfig, step: int, progress: float) -> float:
     """The rate of a step: risen over the warm-up, then decayed over the run, of which `progress` (0 to 1) is over."""
     decay = {"constant": 1.0, "linear": 1 - progress, "cosine": (1 + math.cos(math.pi * progress)) / 2}
@@ -239,7 +250,7 @@ def new_run(config: Config, runtime: Runtime, train: Digits, test: Digits) -> Ru
                "data": dataset.describe(train, config.dataset), "alpha_bar": schedule.alpha_bar}
     average = copy.deepcopy(network).eval().requires_grad_(False)
     return Run(config, runtime, train, test, schedule, network, average,
-               Optimizer(network, config.train, lambda function: compiled(function, runtime)), 0, history)
+               Optimizer(network, config.train), 0, history)
 
 
 def code_digests() -> dict[str, str]:

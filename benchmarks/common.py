@@ -30,7 +30,7 @@ import train
 from config import CLASSES, NO_LABEL, Config, UserError
 from dataset import Digits
 from support.extractor import load_extractor
-from support.runtime import Runtime, compiled, to_uint8
+from support.runtime import Runtime, to_uint8
 from yardstick import Yardstick
 
 HERE = Path(__file__).resolve().parent
@@ -101,12 +101,12 @@ class Trainee:
     def __init__(self, config: Config, runtime: Runtime, digits: Digits, test: Digits) -> None:
         self.run = train.new_run(config, runtime, digits, test)
         self.run.network.train()
-        self.forward = compiled(self.run.network, runtime)
+        self.learn = train.learner(self.run)
 
     def step(self, progress: float) -> Tensor:
         """train.training_step, `progress` (0 to 1) into the run; at 1 the rate is zero, and the weights stay."""
         self.run.optimizer.set_rate(train.learning_rate(self.run.config.train, self.run.step, progress))
-        loss = train.training_step(self.forward, self.run)
+        loss = train.training_step(self.learn, self.run)
         self.run.step += 1
         return loss
 

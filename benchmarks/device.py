@@ -68,13 +68,13 @@ def work(device: torch.device, digits: Digits, test: Digits, waits: Any) -> dict
     here = Runtime(device, bf16=False, compile=False)
     run = train.new_run(config_of(None, *TINY), here, digits.to(device), test.to(device))
     found: dict[str, Any] = {}
-    losses, loss = [], diffusion.diffusion_loss
+    losses, loss, learn = [], diffusion.diffusion_loss, train.learner(run)
     for step in range(4):
         bad = mock.patch.object(train, "diffusion_loss", lambda *a: loss(*a) * math.nan)
         before = waits()
         with bad if step == 2 else contextlib.nullcontext():
             run.optimizer.set_rate(1e-3)
-            losses.append(train.training_step(run.network, run))
+            losses.append(train.training_step(learn, run))
         found["waits in a step"] = waits() - before
         run.unread.append(losses[-1])
         run.step += 1

@@ -3,13 +3,15 @@
 A step that is not `good` changes nothing, which is decided on the device, so that the host never waits for it.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from config import TrainConfig
+from support.runtime import side_by_side
 
 MOMENTUM = 0.95
 ITERATIONS, COEFFICIENTS = 5, (3.4445, -4.7750, 2.0315)  # of Newton and Schulz, as in torch.optim.Muon
@@ -21,8 +23,7 @@ class Optimizer:
     Muon's update is scaled to AdamW's size (2502.16982, section 2.2), so both share one rate and one decay.
     """
 
-    def __init__(self, network: nn.Module, options: TrainConfig,
-                 compiled: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda function: function) -> None:
+    def __init__(self, network: nn.Module, options: TrainConfig) -> None:
         muon = options.optimizer == "muon"
         inner = [p for p in network.parameters() if muon and p.ndim == 4 and min(p.shape[:2]) > 1]
         chosen = {id(p) for p in inner}
@@ -30,9 +31,9 @@ class Optimizer:
         self.rate = torch.tensor(options.lr, device=rest[0].device)
         common: dict[str, Any] = {"lr": self.rate, "weight_decay": options.weight_decay}
         self.parts: dict[str, torch.optim.Optimizer] = {
-            "adamw": torch.optim.AdamW(rest, betas=(0.9, 0.99), fused=True, **common)}
+            "adamw": torch.optim.AdamW(rest, betas=(0.9, 0.99), fused=True, capturable=self.rate.is_cuda, **common)}
         if inner:
-            self.parts["muon"] = Muon(inner, compiled(muon_update), **common)
+            self.parts["muon"] = Muon(inner, **common)
 
     def set_rate(self, rate: float) -> None:
         self.rate.fill_(rate)
@@ -54,6 +55,8 @@ class Optimizer:
             part.load_state_dict(state[name])
             for group in part.param_groups:
                 group["lr"] = self.rate
+                if "capturable" in group:  # the run may have been on another device
+                    group["capturable"] = self.rate.is_cuda
             for weight, values in part.state.items():
                 for key, value in values.items():
                     if value.ndim and value.shape != weight.shape:  # torch does not look at shapes
@@ -67,9 +70,8 @@ class Muon(torch.optim.Optimizer):
 
     found_inf: Tensor
 
-    def __init__(self, weights: Sequence[nn.Parameter], update: Callable[..., Any], **options: Any) -> None:
+    def __init__(self, weights: Sequence[nn.Parameter], **options: Any) -> None:
         super().__init__(weights, options)
-        self.update = update
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -77,16 +79,20 @@ class Muon(torch.optim.Optimizer):
             alike: dict[torch.Size, list[nn.Parameter]] = {}
             for weight in group["params"]:
                 alike.setdefault(weight.shape, []).append(weight)
-            for weights in alike.values():
-                for weight in weights:
-                    if not self.state[weight]:
-                        self.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
-                gradients = [weight.grad for weight in weights if weight.grad is not None]
-                buffers = [self.state[weight]["momentum_buffer"] for weight in weights]
-                new = self.update(*(torch.stack([as_matrix(each) for each in those])
-                                    for those in (weights, gradients, buffers)),
-                                  group["lr"], group["weight_decay"], self.found_inf)
-                torch._foreach_copy_([as_matrix(each) for each in (*weights, *buffers)], [*new[0], *new[1]])
+            work = [partial(self.move, weights, group) for weights in alike.values()]
+            side_by_side(work, self.found_inf.device)
+
+    def move(self, weights: Sequence[nn.Parameter], group: dict[str, Any]) -> None:
+        """One update of weights of one shape."""
+        for weight in weights:
+            if not self.state[weight]:
+                self.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
+        gradients = [weight.grad for weight in weights if weight.grad is not None]
+        buffers = [self.state[weight]["momentum_buffer"] for weight in weights]
+        old, slopes, momenta = (torch.stack([as_matrix(each) for each in those])
+                                for those in (weights, gradients, buffers))
+        new = muon_update(old, slopes, momenta, group["lr"], group["weight_decay"], self.found_inf)
+        torch._foreach_copy_([as_matrix(each) for each in (*weights, *buffers)], [*new[0], *new[1]])
 
 
 def muon_update(weights: Tensor, gradients: Tensor, momenta: Tensor, rate: Tensor, decay: float,
@@ -117,13 +123,9 @@ def as_matrix(weight: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def update_average(average: nn.Module, network: nn.Module, decay: float, step: int, good: Tensor) -> None:
-    """Moves the average's weights towards the network's, its decay warmed up as (1 + n) / (10 + n), n the step."""
+def update_average(average: nn.Module, network: nn.Module, kept: Tensor, good: Tensor) -> None:
+    """average = kept average + (1 - kept) network, for each weight; kept [] is the decay of this step."""
     averages: list[Tensor] = list(average.parameters())
-    weights: list[Tensor] = list(network.parameters())
-    if step == 0 or decay == 0:  # the weights of a bad step are still the old ones
-        torch._foreach_copy_(averages, weights)
-        return
-    towards = torch._foreach_sub(weights, averages)
-    torch._foreach_mul_(towards, good * (1 - min(decay, (1 + step) / (10 + step))))
+    towards = torch._foreach_sub(list(network.parameters()), averages)
+    torch._foreach_mul_(towards, good * (1 - kept))
     torch._foreach_add_(averages, towards)

@@ -1,6 +1,7 @@
 """Ready for a GPU, as far as a machine without one can tell: no waits, devices that don't mix, types, and our Muon."""
 
 import copy
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -18,8 +19,8 @@ from config import Config, ModelConfig, UserError
 from dataset import Digits
 from diffusion import diffusion_loss, make_schedule
 from model import UNet
-from support.optimizer import Muon, muon_update, update_average
-from support.runtime import Runtime, compiled
+from support.optimizer import Muon, update_average
+from support.runtime import Runtime
 from tests.conftest import TINY
 
 CPU = Runtime(torch.device("cpu"), bf16=False, compile=False)
@@ -35,12 +36,13 @@ def tiny_run(*flags: str) -> train.Run:
 def test_a_step_never_waits_for_the_device(flags: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     """On a CPU too, an operation for whose result the host waits can be told by its name."""
     run = tiny_run(*flags)
+    learn = train.learner(run)
     for name in ("tolist", "numpy", "cpu"):  # these leave no operation
         monkeypatch.setattr(Tensor, name, lambda *_: pytest.fail("the host waits"))
     for _ in range(3):
         with Operations() as watched:
             run.optimizer.set_rate(1e-3)
-            run.unread.append(train.training_step(run.network, run))
+            run.unread.append(train.training_step(learn, run))
         run.step += 1
         assert watched.waits == 0 and watched.count > 100
     monkeypatch.undo()
@@ -69,7 +71,7 @@ def test_muon_is_torchs_on_matrices_of_many_shapes() -> None:
     ours = parameters([(8, 16, 3, 3), (24, 8, 1, 1), (8, 16, 3, 3), (16, 8, 2, 2), (8, 16, 3, 3)])
     theirs = [nn.Parameter(p.detach().permute(0, 2, 3, 1).flatten(1).clone()) for p in ours]
     options = {"lr": 0.02, "weight_decay": 0.1}
-    muon, expected = Muon(ours, muon_update, **options), torch.optim.Muon(theirs, adjust_lr_fn="match_rms_adamw",
+    muon, expected = Muon(ours, **options), torch.optim.Muon(theirs, adjust_lr_fn="match_rms_adamw",
                                                                          **options)
     random = torch.Generator().manual_seed(2)
     for _ in range(4):
@@ -91,30 +93,29 @@ def test_the_average_by_hand(decay: float) -> None:
         before, good = average.weight.clone(), step != 3
         if good:
             network.weight.data.normal_()
-        update_average(average, network, decay, step, GOOD if good else BAD)
-        kept = min(decay, (1 + step) / (10 + step)) if step else 0.0
-        if decay and not good:
+        update_average(average, network, torch.tensor(decay), GOOD if good else BAD)
+        if not good:
             assert torch.equal(average.weight, before)
         else:
-            torch.testing.assert_close(average.weight, kept * before + (1 - kept) * network.weight)
+            torch.testing.assert_close(average.weight, decay * before + (1 - decay) * network.weight)
 
 
 def test_a_graph_is_captured_once_and_goes_with_its_network(monkeypatch: pytest.MonkeyPatch) -> None:
     captured: list[int] = []
 
-    def capture(network: Any, arguments: Any, runtime: Runtime) -> Any:
-        captured.append(len(arguments[0]))
+    def capture(function: Any) -> Any:
+        captured.append(function)
         return lambda x, t, label: x + len(x)
 
-    monkeypatch.setattr(drawing, "_captured", capture)
+    monkeypatch.setattr(drawing, "Captured", capture)
     drawing._GRAPHS.clear()
     network, other = nn.Linear(1, 1), nn.Linear(1, 1)
     for module, sizes in ((network, (3, 6, 3)), (network, (6,)), (other, (3,))):
-        graphed = drawing._graphed(module, CPU)
+        graphed = drawing._graphed(module)
         for size in sizes:
             assert torch.equal(graphed(torch.zeros(size), torch.zeros(size), torch.zeros(size)),
                                torch.full((size,), size))
-    assert captured == [3, 6, 3] and len(drawing._GRAPHS) == 2
+    assert len(captured) == 3 and len(drawing._GRAPHS) == 2
     del network, other, module, graphed
     assert len(drawing._GRAPHS) == 0
 
@@ -153,16 +154,16 @@ def test_bf16_keeps_the_loss_in_float32() -> None:
 
 
 def test_a_compiled_run_learns_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Traced as for a GPU, forward, backward and Muon; benchmarks/gpu.py generates the code, which takes a minute."""
+    """Traced as for a GPU, forward and backward; benchmarks/gpu.py generates the code, which takes a minute."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager", fullgraph=True))
     plain = tiny_run()
     traced = train.new_run(plain.config, Runtime(CPU.device, bf16=False, compile=True), plain.train, plain.test)
-    forward = compiled(traced.network, traced.runtime)
+    learners = train.learner(plain), train.learner(traced)
     for step in range(20):
         losses = []
-        for run, network in ((plain, plain.network), (traced, forward)):
+        for run, learn in zip((plain, traced), learners):
             run.optimizer.set_rate(1e-3 * (step + 1))
-            losses.append(train.training_step(network, run).item())
+            losses.append(train.training_step(learn, run).item())
             run.step += 1
         assert losses[0] == pytest.approx(losses[1], abs=1e-3), step
     assert losses[0] < 0.9
@@ -173,3 +174,29 @@ def test_a_long_streak_of_bad_steps_ends_a_run_though_the_last_was_good() -> Non
     run.unread = [torch.tensor(value) for value in (0.1, *[torch.nan] * train.BAD_STEPS, 0.2)]
     with pytest.raises(UserError, match="not finite in 20 steps in a row"):
         train.read_losses(run)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="it takes a GPU")
+@pytest.mark.parametrize("flags, graphs", [((), False), (("--dropout", "0.1"), True)])
+def test_a_gpu_learns_and_draws_the_same_in_graphs(flags: tuple[str, ...], graphs: bool) -> None:
+    """As launched one by one; with dropout, which a compiler has its own numbers for, as in other graphs."""
+    cuda, run = torch.device("cuda", 0), tiny_run(*flags)
+    one, other = (train.new_run(run.config, Runtime(cuda, bf16=False, compile=compile), run.train.to(cuda),
+                                run.test.to(cuda)) for compile in (graphs, True))
+    learners = train.learner(one), train.learner(other)
+    for step in range(20):
+        losses = []
+        for run, learn in zip((one, other), learners):
+            run.optimizer.set_rate(1e-3)
+            losses.append(train.training_step(learn, run).item())
+            run.step += 1
+        assert losses[0] == pytest.approx(losses[1], abs=1e-3), step
+    before = other.network.head.weight.clone()
+    indices, uniform, noise = train.draw_batch(other)
+    assert learners[1](indices, uniform, noise * torch.nan, torch.tensor(0.9, device=cuda)).isnan()
+    assert torch.equal(other.network.head.weight, before)
+    trained = drawing.Trained(other.average, other.schedule, other.config, other.history)
+    order = drawing.Order(other.config.sample, 0, range(5), torch.arange(5))
+    drawn = [drawing.draw(trained, order, replace(other.runtime, compile=compile)) for compile in (True, False, True)]
+    assert torch.equal(drawn[0], drawn[2])
+    torch.testing.assert_close(drawn[0], drawn[1])

@@ -103,11 +103,11 @@ def stop_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ctrl-C in that step of the run, and in none after it."""
     taken = train.training_step
 
-    def with_signal(forward: Any, run: train.Run) -> torch.Tensor:
+    def with_signal(learn: Any, run: train.Run) -> torch.Tensor:
         if run.step == step - 1:
             monkeypatch.setattr(train, "training_step", taken)
             os.kill(os.getpid(), signal.SIGINT)
-        return taken(forward, run)
+        return taken(learn, run)
 
     monkeypatch.setattr(train, "training_step", with_signal)
 
@@ -138,7 +138,7 @@ def test_a_step_that_is_not_finite_changes_nothing(broken: Callable[[torch.Tenso
 
     def step() -> bool:
         """Whether it was taken."""
-        return math.isfinite(train.training_step(run.network, run).item())
+        return math.isfinite(train.training_step(train.learner(run), run).item())
 
     def everything() -> str:
         path = tmp_path / "all.safetensors"
