@@ -1,4 +1,4 @@
-"""What a run writes down on its way: rows of metrics.csv, the test loss by noise level, loss.png, previews."""
+"""What a run says and writes down on its way: metrics.csv, the test loss by noise level, loss.png, previews."""
 
 import csv
 import functools
@@ -12,11 +12,13 @@ import torch
 from torch import nn
 
 import config as configs
-from config import Config, UserError
+from config import Config, TrainConfig, UserError
 from diffusion import Network, diffusion_loss, stratified_timesteps
 from drawing import Order, Trained, choose_labels, draw
+from model import count_parameters, gflop_per_image
 from support import checkpoint, plots
 from support.files import write_atomically
+from support.optimizer import learning_rate
 from support.runtime import generator, to_uint8, to_unit
 
 if TYPE_CHECKING:
@@ -25,6 +27,31 @@ if TYPE_CHECKING:
 TEST_STREAM = 4  # of random numbers
 TEST_IMAGES = 1000  # in the fixed-noise test loss
 LEVELS = 10  # bins of t in the loss by noise level
+
+
+def say_what_comes(run: "Run", before: TrainConfig | None) -> None:
+    """Before a run; `before`: the options of a run that goes on, as they were when it was saved."""
+    options, runtime, name = run.config.train, run.runtime, configs.run_name(run.config)
+    processes = f", {runtime.world} processes" if runtime.world > 1 else ""
+    runtime.say(f"Training {name} for {aim(options)} on {runtime.name()}{processes}, "
+                f"{'bf16' if runtime.bf16 else 'fp32'}: {count_parameters(run.network) / 1e6:.2f} M parameters, "
+                f"{gflop_per_image(run.config.model):.3f} GFLOP per image.")
+    if before is None:
+        if runtime.device.type == "cpu" and options.minutes is None:
+            runtime.say("The bar tells how long that takes; on a CPU, --minutes 10 gives a first result.")
+        return
+    was, now = (learning_rate(o, run.step, run.progress(o)) for o in (before, options))
+    runtime.say(f"Going on with the run in checkpoints/{name} ({run.done()}), at a learning rate of {now:.2g}.")
+    if aim(before) != aim(options):
+        end = "stays there" if options.lr_schedule == "constant" else "falls to zero at the new end"
+        runtime.say(f"Its length is now {aim(options)}, no longer {aim(before)}: the learning rate goes from {was:.2g} "
+                    f"to {now:.2g}, as if that had been its length from the start, and {end}.")
+
+
+def aim(options: TrainConfig) -> str:
+    if options.minutes is not None:
+        return f"{options.minutes:g} minutes"
+    return f"{options.epochs} epoch{'s' * (options.epochs != 1)}"
 
 
 def milestone(epoch: float) -> int:

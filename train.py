@@ -25,12 +25,12 @@ import dataset
 from config import NO_LABEL, ROOT, Config, TrainConfig, UserError
 from dataset import Digits
 from diffusion import NoiseSchedule, diffusion_loss, make_schedule, stratified_timesteps
-from model import UNet, count_parameters, gflop_per_image
-from record import milestone, record
+from model import UNet
+from record import milestone, record, say_what_comes
 from samplers import spaced_timesteps
 from support import checkpoint
 from support.files import lock, make_folder
-from support.optimizer import Optimizer, update_average
+from support.optimizer import Optimizer, learning_rate, update_average
 from support.runtime import Captured, Runtime, StopSignals, compiled, generator, seed_of, to_unit
 
 TRAIN_STREAM, DROPOUT_STREAM = 1, 9  # of random numbers; see drawing.py, record.py and others for the rest
@@ -233,12 +233,6 @@ def read_losses(run: Run, bar: Any = None) -> None:
         bar.set_postfix(loss=f"{run.history['running'][0] / run.history['running'][1]:.4f}", refresh=False)
 
 
-def learning_rate(options: TrainConfig, step: int, progress: float) -> float:
-    """The rate of a step: risen over the warm-up, then decayed over the run, of which `progress` (0 to 1) is over."""
-    decay = {"constant": 1.0, "linear": 1 - progress, "cosine": (1 + math.cos(math.pi * progress)) / 2}
-    return options.lr * decay[options.lr_schedule] * min(1.0, (step + 1) / max(1, options.warmup))
-
-
 # Beginning, going on, saving
 
 
@@ -325,31 +319,3 @@ def is_drawn(run: Run) -> bool:
     """Whether the pictures at the end of a run are newer than its checkpoint: a kill may have come before them."""
     last = run.results / "samples.npz"
     return last.exists() and last.stat().st_mtime >= run.path.stat().st_mtime
-
-
-# What it says
-
-
-def say_what_comes(run: Run, before: TrainConfig | None) -> None:
-    """Before a run; `before`: the options of a run that goes on, as they were when it was saved."""
-    options, runtime, name = run.config.train, run.runtime, configs.run_name(run.config)
-    processes = f", {runtime.world} processes" if runtime.world > 1 else ""
-    runtime.say(f"Training {name} for {aim(options)} on {runtime.name()}{processes}, "
-                f"{'bf16' if runtime.bf16 else 'fp32'}: {count_parameters(run.network) / 1e6:.2f} M parameters, "
-                f"{gflop_per_image(run.config.model):.3f} GFLOP per image.")
-    if before is None:
-        if runtime.device.type == "cpu" and options.minutes is None:
-            runtime.say("The bar tells how long that takes; on a CPU, --minutes 10 gives a first result.")
-        return
-    was, now = (learning_rate(o, run.step, run.progress(o)) for o in (before, options))
-    runtime.say(f"Going on with the run in checkpoints/{name} ({run.done()}), at a learning rate of {now:.2g}.")
-    if aim(before) != aim(options):
-        end = "stays there" if options.lr_schedule == "constant" else "falls to zero at the new end"
-        runtime.say(f"Its length is now {aim(options)}, no longer {aim(before)}: the learning rate goes from {was:.2g} "
-                    f"to {now:.2g}, as if that had been its length from the start, and {end}.")
-
-
-def aim(options: TrainConfig) -> str:
-    if options.minutes is not None:
-        return f"{options.minutes:g} minutes"
-    return f"{options.epochs} epoch{'s' * (options.epochs != 1)}"

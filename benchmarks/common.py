@@ -7,9 +7,7 @@ import argparse
 import math
 import os
 import platform
-import statistics
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -41,7 +39,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "--precision": {"default": "auto", "help": "fp32, bf16 or auto"},
     "--seed": {"type": int, "default": 0, "help": "every random number follows from it"},
     "--threads": {"type": int, "help": "of the CPU; unset: torch's choice"},
-    "--repeats": {"type": int, "default": 7, "help": "measurements of each, in turn"},
     "--images": {"type": int, "default": QUALITY_IMAGES, "help": "drawn for each Fréchet distance"},
 }
 
@@ -130,26 +127,6 @@ def count(network: nn.Module) -> tuple[int, float]:
 
 
 # Measuring
-
-
-def interleaved(work: Mapping[Any, Callable[[], Any]], repeats: int, runtime: Runtime,
-                calls: int = 1) -> dict[Any, float]:
-    """Median seconds a call of each, measured in turn (A B C A B C ...), so that a busy machine is unfair to none.
-
-    Each is warmed up once; `calls` of them make one measurement.
-    """
-    for function in work.values():
-        function()
-    seconds: dict[Any, list[float]] = {name: [] for name in work}
-    for _ in range(repeats):
-        for name, function in work.items():
-            runtime.synchronize()
-            began = time.perf_counter()
-            for _ in range(calls):
-                function()
-            runtime.synchronize()
-            seconds[name].append((time.perf_counter() - began) / calls)
-    return {name: statistics.median(values) for name, values in seconds.items()}
 
 
 def peak_memory(device: torch.device) -> float:

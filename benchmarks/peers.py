@@ -4,8 +4,7 @@
     python benchmarks/peers.py --minutes 10 --threads 2
     python benchmarks/peers.py --minutes 10 --threads 1 --clock cpu        (a shared machine)
 
-Speed is measured in turn (A B C A B C ...), quality after the same minutes of training for each. Every finished run is
-kept in peers.json, and the same command again goes on with what is missing.
+Every finished run is kept in peers.json, and the same command again goes on with what is missing.
 
 Settings, meant to be fair. All: the same images on the device, batch 64, gradient norm clipped at 1, the averaged
 weights drawn with 15 network evaluations and no guidance, 2,000 images with the same labels judged by `yardstick.py`;
@@ -43,7 +42,7 @@ from support import runtime
 from support.files import write_atomically
 from support.runtime import Runtime, compiled, to_uint8, to_unit
 
-STEPS, LONG = 15, 1000  # network evaluations: of what is judged, and of ancestral sampling
+STEPS, TIMESTEPS = 15, 1000  # network evaluations of an image; noise levels
 FRACTIONS = (0.25, 0.5, 1.0)  # of the minutes, at which quality is measured
 BATCH, CHUNK = 64, 250  # images in a training step of all, and in a call of the peers' networks when they draw
 
@@ -72,7 +71,7 @@ def diffusers(digits: Digits, here: Runtime, options: Namespace, prediction: str
         sample_size=28, in_channels=1, out_channels=1, layers_per_block=1, block_out_channels=(16, 32, 64),
         norm_num_groups=8, num_class_embeds=10, down_block_types=("DownBlock2D", "DownBlock2D", "AttnDownBlock2D"),
         up_block_types=("AttnUpBlock2D", "UpBlock2D", "UpBlock2D")).to(device).train()
-    noising = DDPMScheduler(num_train_timesteps=LONG, beta_schedule="squaredcos_cap_v2", prediction_type=prediction)
+    noising = DDPMScheduler(TIMESTEPS, beta_schedule="squaredcos_cap_v2", prediction_type=prediction)
     solver = DPMSolverMultistepScheduler.from_config(noising.config, lambda_min_clipped=-5.1, thresholding=True)
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3, betas=(0.95, 0.999), weight_decay=1e-6, eps=1e-8)
     average = EMAModel(network.parameters(), decay=0.9999, use_ema_warmup=True, inv_gamma=1.0, power=0.75)
@@ -81,7 +80,7 @@ def diffusers(digits: Digits, here: Runtime, options: Namespace, prediction: str
 
     def step(progress: float) -> None:
         x0, labels = some(digits)
-        noise, t = torch.randn_like(x0), torch.randint(LONG, (BATCH,), device=device)
+        noise, t = torch.randn_like(x0), torch.randint(TIMESTEPS, (BATCH,), device=device)
         with here.autocast():
             answer = forward(noising.add_noise(x0, noise, t), t, labels)
         target = noise if prediction == "epsilon" else noising.get_velocity(x0, noise, t)
@@ -125,20 +124,6 @@ def descend(loss: Tensor, network: nn.Module, optimizer: torch.optim.Optimizer) 
     optimizer.zero_grad()
 
 
-def measure_speed(contenders: dict[str, Contender], here: Runtime, options: Namespace) -> dict[str, dict[str, float]]:
-    """Parameters, operations, training images/s and seconds per 256 images of each, measured in turn."""
-    steps = {name: partial(contender.step, 0.5) for name, contender in contenders.items()}
-    draws = {name: partial(contender.draw, 256) for name, contender in contenders.items()}
-    training = common.interleaved(steps, options.repeats, here, calls=3)
-    drawing = common.interleaved(draws, max(3, options.repeats // 2), here)
-    speed = {}
-    for name, contender in contenders.items():
-        parameters, gflop = common.count(contender.network)
-        speed[name] = {"parameters": parameters, "gflop": round(gflop, 4), "seconds_per_256": round(drawing[name], 4),
-                       "images_per_s": round(BATCH / training[name], 1)}
-    return speed
-
-
 def train(contender: Contender, points: list[float], here: Runtime, clock: str) -> Iterator[tuple[float, int]]:
     """Trains a new contender for the last of these minutes; yields each as it is reached, and the steps so far."""
     def now() -> float:
@@ -156,19 +141,12 @@ def train(contender: Contender, points: list[float], here: Runtime, clock: str) 
 
 
 def show(report: dict[str, Any]) -> str:
-    """Both tables of peers.json in Markdown."""
-    best = report["speed"]["ours"]["images_per_s"]
-    speed = common.table(
-        ("", "parameters", "GFLOP per image", "training images/s", "ours is faster", f"s per 256 images, {STEPS} steps",
-         f"{LONG} steps (extrapolated)"),
-        [(name, f"{row['parameters'] / 1e6:.2f} M", f"{row['gflop']:.3f}", f"{row['images_per_s']:,.0f}",
-          f"{best / row['images_per_s']:.2f}x", f"{row['seconds_per_256']:.2f}",
-          f"{row['seconds_per_256'] * LONG / STEPS:,.0f}") for name, row in report["speed"].items()])
-    quality = common.table(
-        ("", "minutes", "steps", *common.QUALITY),
-        [(row["name"], f"{row['minutes']:g}", f"{row['steps']:,}", *common.quality(row)) for row in report["quality"]])
+    """peers.json as a Markdown table."""
+    rows = [(row["name"], f"{row['parameters'] / 1e6:.2f} M", f"{row['gflop']:.3f}", f"{row['minutes']:g}",
+             f"{row['steps'] * BATCH / row['minutes'] / 60:,.0f}", *common.quality(row)) for row in report["quality"]]
     settings = ", ".join(f"{key} {value}" for key, value in report["settings"].items())
-    return f"{report['machine']}; {settings}\n\n{speed}\n\n{quality}"
+    headings = ("", "parameters", "GFLOP per image", "minutes", "images/s", *common.QUALITY)
+    return f"{report['machine']}; {settings}\n\n{common.table(headings, rows)}"
 
 
 def save(report: dict[str, Any], path: Path) -> None:
@@ -183,19 +161,13 @@ def compare(options: Namespace, here: Runtime) -> dict[str, Any]:
     settings = {"minutes": options.minutes, "clock": options.clock, "batch": BATCH,
                 "images": options.images, "seed": options.seed, "extractor": judge.extractor}
     machine = common.machine(here.device)
-    report: dict[str, Any] = {"machine": machine, "settings": settings, "speed": {}, "quality": []}
+    report: dict[str, Any] = {"machine": machine, "settings": settings, "quality": []}
     if options.out.exists():
         report = json.loads(options.out.read_text())
         if (report["settings"], report["machine"]) != (settings, machine):
             raise UserError(f"{options.out} was measured with other settings or on another machine: delete it, or "
                             "choose another --out")
 
-    # What differs from another by a setting alone, as "diffusers v" does, has that one's speed.
-    names = dict.fromkeys(["ours", *report["speed"], *(name.split()[0] for name in options.only)])
-    if names.keys() != report["speed"].keys():
-        contenders = {name: CONTENDERS[name](digits, here, options) for name in names}
-        report["speed"] = measure_speed(contenders, here, options)
-        save(report, options.out)
     minutes = [options.minutes * fraction for fraction in FRACTIONS]
     for name in options.only:
         for points in [[point] for point in minutes] if name == "ours" else [minutes]:  # our rate decays over a run
@@ -205,8 +177,10 @@ def compare(options: Namespace, here: Runtime) -> dict[str, Any]:
             report["quality"] = kept
             torch.manual_seed(options.seed)
             contender = CONTENDERS[name](digits, here, options)
+            parameters, gflop = common.count(contender.network)
             for point, steps in train(contender, points, here, options.clock):
-                row = {"name": name, "minutes": point, "steps": steps, **judge(*contender.draw(options.images))}
+                row = {"name": name, "minutes": point, "steps": steps, "parameters": parameters, "gflop": gflop,
+                       **judge(*contender.draw(options.images))}
                 print(f"{name}, {point:g} minutes: {row['frechet']:.2f} x floor, {row['sure']:.1%} sure", flush=True)
                 report["quality"].append(row)
                 save(report, options.out)
@@ -214,7 +188,7 @@ def compare(options: Namespace, here: Runtime) -> dict[str, Any]:
 
 
 def main(argv: list[str]) -> None:
-    parser = common.Parser(__doc__, "--data-dir", "--device", "--seed", "--threads", "--repeats", "--images")
+    parser = common.Parser(__doc__, "--data-dir", "--device", "--seed", "--threads", "--images")
     parser.add_argument("--minutes", type=float, default=10, help="of training for each; judged at 1/4 and 1/2 as well")
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="cpu: the process's, over threads")
     parser.add_argument("--only", nargs="+", choices=CONTENDERS, default=list(CONTENDERS), help="train these alone")

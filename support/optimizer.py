@@ -1,8 +1,9 @@
-"""The optimizer, AdamW or Muon, and the moving average of the weights.
+"""The optimizer, AdamW or Muon, its rate, and the moving average of the weights.
 
 A step that is not `good` changes nothing, which is decided on the device, so that the host never waits for it.
 """
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -120,6 +121,12 @@ def orthogonalized(matrices: Tensor) -> Tensor:
 def as_matrix(weight: Tensor) -> Tensor:
     """A convolution's weight [a, b, k, k] as [a, k * k * b]: a view where it is channels_last."""
     return weight.permute(0, 2, 3, 1).flatten(1)
+
+
+def learning_rate(options: TrainConfig, step: int, progress: float) -> float:
+    """The rate of a step: risen over the warm-up, then decayed over the run, of which `progress` (0 to 1) is over."""
+    decay = {"constant": 1.0, "linear": 1 - progress, "cosine": (1 + math.cos(math.pi * progress)) / 2}
+    return options.lr * decay[options.lr_schedule] * min(1.0, (step + 1) / max(1, options.warmup))
 
 
 @torch.no_grad()

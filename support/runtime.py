@@ -102,7 +102,6 @@ def start(config: Config) -> Iterator[Runtime]:
     if gpu:
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32, where float32 is asked for
-        torch.backends.cudnn.benchmark = True  # what it would choose unasked takes far longer for so few channels
     if world > 1:
         # NCCL moves tensors on GPUs; gloo carries the small Python objects, and everything on CPUs.
         dist.init_process_group("cuda:nccl,cpu:gloo" if gpu else "gloo", timeout=timedelta(minutes=10))

@@ -1,0 +1,63 @@
+"""Makes what ships of a finished run: its averaged weights, and the digits of dataset/generated/ drawn with them.
+
+    python benchmarks/ship.py weights checkpoints/mnist/last.safetensors
+    python benchmarks/ship.py digits
+
+Weights are rounded to half precision (mode evaluate shows whether that costs anything) and hold nothing to train on.
+The digits are 1,000 of each, as four compressed IDX files, the last 1,000 for testing; the MD5s of the unpacked files
+are printed, and belong into GENERATED_MD5 in dataset.py.
+"""
+
+import gzip
+import hashlib
+import struct
+from operator import methodcaller
+from pathlib import Path
+
+import numpy as np
+from common import Parser, config_of, run_script
+
+import dataset
+from drawing import Order, draw, guided, load_trained
+from support import checkpoint, runtime
+from support.files import make_folder, write_atomically
+
+COUNT, TEST, SEED = 10_000, 1_000, 1
+
+
+def ship_weights(source: Path) -> None:
+    state = checkpoint.load(source)
+    ema = {name: value.half() for name, value in state["ema"].items()}
+    checkpoint.save(checkpoint.PRETRAINED, {**state, "ema": ema, "model": None, "optimizer": None})
+    print(f"{checkpoint.PRETRAINED}: {checkpoint.PRETRAINED.stat().st_size / 1e6:.1f} MB, step {state['step']:,}, "
+          f"weights {checkpoint.weights_digest(ema)}")
+
+
+def ship_digits() -> None:
+    config = config_of(None, "--checkpoint", str(checkpoint.PRETRAINED))
+    with runtime.start(config) as here:
+        trained = load_trained(config, here)
+        labels = trained.labels("0123456789", SEED, COUNT)
+        order = Order(guided(config.sample, trained, here), SEED, range(COUNT), labels)
+        images = runtime.to_uint8(draw(trained, order, here, progress=True))
+    make_folder(dataset.GENERATED)
+    for split, part in (("train", slice(0, COUNT - TEST)), ("test", slice(COUNT - TEST, COUNT))):
+        for name, array in zip(dataset.FILES[split], (images[part, 0].numpy(), labels[part].numpy().astype(np.uint8))):
+            content = struct.pack(f">HBB{array.ndim}I", 0, 8, array.ndim, *array.shape) + array.tobytes()
+            packed = gzip.compress(content, 9, mtime=0)
+            write_atomically(dataset.GENERATED / f"{name}.gz", methodcaller("write", packed))
+            print(f'"{name}": "{hashlib.md5(content).hexdigest()}",  # {len(packed) / 1e6:.2f} MB packed')
+
+
+def main(argv: list[str]) -> None:
+    parser = Parser(__doc__)
+    parser.add_argument("what", choices=("weights", "digits"))
+    parser.add_argument("source", type=Path, nargs="?", help="the run's checkpoint, of which the weights are shipped")
+    options = parser.parse(argv)
+    if options.what == "weights" and options.source is None:
+        parser.error("weights: of which checkpoint?")
+    ship_digits() if options.what == "digits" else ship_weights(options.source)
+
+
+if __name__ == "__main__":
+    run_script(main)
