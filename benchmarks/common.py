@@ -129,17 +129,6 @@ def count(network: nn.Module) -> tuple[int, float]:
 # Measuring
 
 
-def peak_memory(device: torch.device) -> float:
-    """The most bytes that this process has held so far, on a GPU of the GPU's; nan where the system doesn't say."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    if sys.platform == "win32":
-        return math.nan
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
 class Judge:
     """The project's yardstick, for so many images with the labels that every contender is given."""
 

@@ -2,8 +2,8 @@
 
     python benchmarks/fuzz.py --seconds 60
 
-Each has to end in a UserError of one line, or in what the file holds by its digest. Another exception, more than 5 s, a
-gigabyte of memory or any side effect is a failure, and the exit status is then 1.
+Each has to end in a UserError of one line, or in what the file holds by its digest. Another exception, more than 5 s or
+any side effect is a failure, and the exit status is then 1.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from common import Parser, Trainee, config_of, peak_memory, run_script
+from common import Parser, Trainee, config_of, run_script
 
 import train
 from config import UserError
@@ -32,7 +32,6 @@ from support.runtime import Runtime
 from tests.conftest import TINY
 
 HANG_SECONDS = 5
-MEMORY_LIMIT = 1 << 30  # bytes beyond what was needed at the start
 CPU = Runtime(torch.device("cpu"), bf16=False, compile=False)
 ODD: list[Any] = [None, True, 0, 1, -1, 2**63, 10**30, 1.5, float("nan"), float("inf"), "", "7", "a\nb\x1b[31m", "F16",
                   [], {}, {"": 1}, {"a\nb": {}}, {"$tensor": 3}, {"$tensor": ""}, {"$tuple": 5}, {"$numbered": {"": 1}}]
@@ -89,22 +88,18 @@ def changed(node: Any) -> Any:
         return random.choice((*ODD, [node], {"a": node}))
     copy: Any = node.copy()
     places: list[Any] = list(node) if isinstance(node, dict) else list(range(len(node)))
-    here, other, kind = random.choice(places), random.choice(places), random.random()
-    if kind < 0.7:
-        copy[here] = changed(node[here])
-    elif kind < 0.8:
+    here, other = random.choice(places), random.choice(places)
+    copy[here] = random.choice((changed(node[here]), changed(node[here]), node[other]))
+    if random.random() < 0.2:
         del copy[here]
-    elif kind < 0.9 or isinstance(node, list):
-        copy[here] = node[other]
-    else:
-        copy[random.choice(("more", "a\nb", f"module.{here}", f"_orig_mod.{here}", "$tensor"))] = node[here]
+    elif random.random() < 0.1 and isinstance(node, dict):
+        copy[random.choice(("more", "a\nb", f"module.{here}", "$tensor"))] = node[here]
     return copy
 
 
 def damaged_text(text: str) -> str:
     """Damaged, or nested so deeply that a reader may run out of stack, or with a number too long to be one."""
-    depth = random.choice((100, 900, 2000, 10**5))
-    deep = "[" * depth + "]" * depth
+    deep = "[" * (depth := random.choice((100, 2000, 10**5))) + "]" * depth
     return random.choice((damage(text.encode()).decode(errors="replace"), deep, text + "1" * 5000,
                           text.replace("{", '{"deep": ' + deep + ", ", 1)))
 
@@ -178,7 +173,7 @@ def main(argv: list[str]) -> int:
     signal.signal(signal.SIGALRM, give_up)
     torch.set_num_threads(1)
     random.seed(options.seed)
-    memory, end = peak_memory(CPU.device), time.monotonic() + options.seconds
+    end = time.monotonic() + options.seconds
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
         files, path = written(), Path(folder) / checkpoint.LAST
@@ -190,10 +185,8 @@ def main(argv: list[str]) -> int:
                 kept = Path(tempfile.gettempdir()) / f"fuzz-failure-{COUNTS['failed']}"
                 kept.write_bytes(data)
                 print(f"FAILED: {problem}\n  the file is kept in {kept}", flush=True)
-    grown = peak_memory(CPU.device) - memory
-    print(f"{COUNTS['read']:,} files read as they are, {COUNTS['refused']:,} refused, {COUNTS['failed']} failures, "
-          f"memory grew by {grown / 1e6:.0f} MB")
-    return int(COUNTS["failed"] > 0 or grown > MEMORY_LIMIT)
+    print(f"{COUNTS['read']:,} files read as they are, {COUNTS['refused']:,} refused, {COUNTS['failed']} failures")
+    return int(COUNTS["failed"] > 0)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import Operations, Parser, Trainee, config_of, machine, peak_memory, run_script, table
+from common import Operations, Parser, Trainee, config_of, machine, run_script, table
 from torch.profiler import ProfilerActivity, profile
 
 import dataset
@@ -277,7 +277,7 @@ def fill_table(bench: Bench) -> None:
     rows |= {"an epoch": lambda: epochs(bench)} if not bench.quick else {}
     rows |= {"launches of a step, eager": lambda: launches(bench, False),
              "launches of a step, compiled": lambda: launches(bench, True), "waits in a step": lambda: waits(bench),
-             "peak memory": lambda: f"{peak_memory(bench.device) / 2**30:.2f} GiB",
+             "peak memory": lambda: f"{torch.cuda.max_memory_allocated() / 2**30:.2f} GiB" if bench.cuda else "-",
              "drawing, captured graph": lambda: drawing_time(bench, True),
              "drawing, without it": lambda: drawing_time(bench, False),
              "drawing, the whole process": lambda: whole_process(bench),

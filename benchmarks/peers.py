@@ -39,7 +39,6 @@ from config import UserError
 from dataset import Digits
 from drawing import choose_labels
 from support import runtime
-from support.files import write_atomically
 from support.runtime import Runtime, compiled, to_uint8, to_unit
 
 STEPS, TIMESTEPS = 15, 1000  # network evaluations of an image; noise levels
@@ -79,12 +78,16 @@ def diffusers(digits: Digits, here: Runtime, options: Namespace, prediction: str
     classes = torch.bincount(digits.labels).tolist()
 
     def step(progress: float) -> None:
-        x0, labels = some(digits)
+        chosen = torch.randint(len(digits), (BATCH,), device=device)
+        x0, labels = to_unit(digits.images[chosen]), digits.labels[chosen]
         noise, t = torch.randn_like(x0), torch.randint(TIMESTEPS, (BATCH,), device=device)
         with here.autocast():
             answer = forward(noising.add_noise(x0, noise, t), t, labels)
         target = noise if prediction == "epsilon" else noising.get_velocity(x0, noise, t)
-        descend(nn.functional.mse_loss(answer.float(), target), network, optimizer)
+        nn.functional.mse_loss(answer.float(), target).backward()
+        nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
         average.step(network.parameters())
 
     def draw(count: int) -> tuple[Tensor, Tensor]:
@@ -111,19 +114,6 @@ CONTENDERS: dict[str, Callable[..., Contender]] = {
     "ours": ours, "diffusers": diffusers, "diffusers v": partial(diffusers, prediction="v_prediction")}
 
 
-def some(digits: Digits) -> tuple[Tensor, Tensor]:
-    """Random training images in [-1, 1] and their labels."""
-    chosen = torch.randint(len(digits), (BATCH,), device=digits.labels.device)
-    return to_unit(digits.images[chosen]), digits.labels[chosen]
-
-
-def descend(loss: Tensor, network: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    loss.backward()
-    nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-    optimizer.step()
-    optimizer.zero_grad()
-
-
 def train(contender: Contender, points: list[float], here: Runtime, clock: str) -> Iterator[tuple[float, int]]:
     """Trains a new contender for the last of these minutes; yields each as it is reached, and the steps so far."""
     def now() -> float:
@@ -147,11 +137,6 @@ def show(report: dict[str, Any]) -> str:
     settings = ", ".join(f"{key} {value}" for key, value in report["settings"].items())
     headings = ("", "parameters", "GFLOP per image", "minutes", "images/s", *common.QUALITY)
     return f"{report['machine']}; {settings}\n\n{common.table(headings, rows)}"
-
-
-def save(report: dict[str, Any], path: Path) -> None:
-    text = json.dumps(report, indent=1) + "\n"
-    write_atomically(path, lambda file: file.write(text.encode()))
 
 
 def compare(options: Namespace, here: Runtime) -> dict[str, Any]:
@@ -183,7 +168,7 @@ def compare(options: Namespace, here: Runtime) -> dict[str, Any]:
                        **judge(*contender.draw(options.images))}
                 print(f"{name}, {point:g} minutes: {row['frechet']:.2f} x floor, {row['sure']:.1%} sure", flush=True)
                 report["quality"].append(row)
-                save(report, options.out)
+                options.out.write_text(json.dumps(report, indent=1) + "\n")
     return report
 
 

@@ -1,6 +1,5 @@
 """The search for the default recipe: sets of flags, each trained for the same seconds and scored by what it draws.
 
-    python benchmarks/search.py --list
     python benchmarks/search.py --seconds 300 --only default adamw --seeds 3 --jobs 2 --keep FOLDER
     python benchmarks/search.py --table                       (only the table of what search.jsonl holds)
 
@@ -88,18 +87,14 @@ def train_and_judge(task: tuple[str, int, argparse.Namespace]) -> dict[str, Any]
 
 
 def show(path: Path) -> str:
-    """The tables of all runs in a file, the best first within each length of training; one for each way of judging."""
+    """The table of all runs in a file, the best first within each length of training."""
     rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     rows.sort(key=lambda row: (row["seconds"], row["frechet"]))
-    tables: dict[str, list[tuple[str, ...]]] = {}
-    for row in rows:
-        cells = (f"{row['seconds']:g}", row["recipe"], f"`{row['flags']}`" if row["flags"] else "", f"{row['seed']}",
-                 f"{row['images_per_s']:.0f}", f"{row['steps']:,}", f"{row['epochs']:.2f}", f"{row['test_loss']:.4f}",
-                 *quality(row))
-        judge = f"Judged by extractor {row['extractor']} on {row['judged_on']:,} images:"
-        tables.setdefault(judge, []).append(cells)
     headings = ("seconds", "recipe", "flags", "seed", "images/s", "steps", "epochs", "test loss", *QUALITY)
-    return "\n\n".join(f"{judge}\n\n{table(headings, cells)}" for judge, cells in tables.items())
+    return table(headings, [
+        (f"{row['seconds']:g}", row["recipe"], f"`{row['flags']}`" if row["flags"] else "", f"{row['seed']}",
+         f"{row['images_per_s']:.0f}", f"{row['steps']:,}", f"{row['epochs']:.2f}", f"{row['test_loss']:.4f}",
+         *quality(row)) for row in rows])
 
 
 def main(argv: list[str]) -> None:
@@ -111,12 +106,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, one thread each")
     parser.add_argument("--keep", type=Path, metavar="FOLDER", help="for each run's averaged weights")
     parser.add_argument("--out", type=Path, default=HERE / "search.jsonl", help="file to which each run adds a line")
-    parser.add_argument("--list", action="store_true", help="only list the recipes")
     parser.add_argument("--table", action="store_true", help="only print the table of the file")
     options = parser.parse(argv)
-    if options.list:
-        print(table(("recipe", "flags"), list(RECIPES.items())))
-        return
     if options.keep is not None:
         make_folder(options.keep)
     if not options.table:
