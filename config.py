@@ -85,9 +85,9 @@ class SampleConfig:
     """sample: how images are drawn (also by evaluate and compare)"""
 
     num_images: Annotated[int, Ge(1), Le(10**6)] | None = None  # unset: 256, or 10000 where they are measured
-    sampler: Literal["ddpm", "ddim", "dpmpp", "dpmpp-sde", "unipc"] = "dpmpp-sde"  # reverse process
+    sampler: Literal["ddpm", "ddim", "dpmpp", "sa", "unipc"] = "sa"  # reverse process
     steps: Annotated[int, Ge(1), Le(100_000)] = 12  # each evaluates the network once, with guidance twice
-    spacing: Literal["trailing", "eased", "edm"] = "eased"  # of the steps: evenly, closer at both ends, or EDM's
+    spacing: Literal["trailing", "edm"] = "trailing"  # of the steps: evenly (2305.08891), or EDM's (2206.00364)
     eta: Share = 0.0  # ddim: noise added in each step, 0 (none) to 1 (as ddpm)
     variance: Literal["posterior", "upper"] = "posterior"  # ddpm: beta-tilde or beta (2006.11239, section 3.2)
     guidance: Annotated[float, Ge(0), Le(100)] = 1.2  # x0 = free + guidance * (labelled - free) (2207.12598); 1: off

@@ -92,7 +92,7 @@ def record(run: "Run") -> None:
 
 
 def draw_preview(network: nn.Module, run: "Run") -> None:
-    options = replace(run.config.sample, sampler="dpmpp-sde", steps=min(10, run.schedule.timesteps), eta=0.0,
+    options = replace(run.config.sample, sampler="sa", steps=min(10, run.schedule.timesteps), eta=0.0,
                       variance="posterior", guidance=float(run.config.train.label_dropout < 1), guidance_interval=None)
     indices = range(run.config.train.preview)
     order = Order(options, run.config.seed, indices, choose_labels("0123456789", run.config.seed, indices))

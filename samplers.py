@@ -17,7 +17,6 @@ from diffusion import Denoiser, NoiseSchedule, posterior, transition_variance
 
 Steps = Iterator[tuple[int, Tensor, Tensor]]
 Randn = Callable[[], Tensor]
-EASE = 0.5  # share of the Chebyshev nodes in the spacing "eased"
 EDM_RHO, EDM_HIGHEST = 7, 20.0  # of the spacing "edm"; sigma / alpha above which the data hardly shows
 
 
@@ -32,24 +31,18 @@ def spaced_timesteps(timesteps: int, steps: int) -> list[int]:
 
 
 def timesteps_of(schedule: NoiseSchedule, steps: int, spacing: str = "trailing") -> list[int]:
-    """Descending integers from T to 0, length steps + 1, spaced in one of three ways; raises UserError as above.
+    """Descending integers from T to 0, length steps + 1, spaced in one of two ways; raises UserError as above.
 
-    "trailing": evenly. "eased": closer together at both ends, where few even steps lose ink (the noisy end) and
-    texture (the clean one): partly at the Chebyshev nodes. "edm": from T to sigma_t / alpha_t = 20, and on to t = 1 as
-    arXiv 2206.00364, eq. 5, spaces it.
+    "trailing": evenly. "edm": from T to sigma_t / alpha_t = 20, and on to t = 1 as arXiv 2206.00364, eq. 5, spaces it.
     """
     last = schedule.timesteps
     even = spaced_timesteps(last, steps)
     if spacing == "trailing" or steps == 1:
         return even
-    if spacing == "eased":
-        wanted = [(1 - EASE) * t + EASE * last * (1 + math.cos(math.pi * i / steps)) / 2 for i, t in enumerate(even)]
-    else:
-        ratio = (schedule.sigma / schedule.alpha)[1:]
-        high, low = (min(ratio[i].item(), EDM_HIGHEST) ** (1 / EDM_RHO) for i in (-1, 0))
-        ramp = [high + (low - high) * i / max(1, steps - 2) for i in range(steps - 1)]
-        wanted = [last, *(1 + (ratio - value**EDM_RHO).abs().argmin().item() for value in ramp), 0]
-    spaced = [round(t) for t in wanted]
+    ratio = (schedule.sigma / schedule.alpha)[1:]
+    high, low = (min(ratio[i].item(), EDM_HIGHEST) ** (1 / EDM_RHO) for i in (-1, 0))
+    ramp = [high + (low - high) * i / max(1, steps - 2) for i in range(steps - 1)]
+    spaced = [last, *(1 + (ratio - value**EDM_RHO).abs().argmin().item() for value in ramp), 0]
     for i in range(1, steps):  # distinct, with room for what follows
         spaced[i] = max(min(spaced[i], spaced[i - 1] - 1), steps - i)
     return spaced
@@ -97,20 +90,37 @@ def dpmpp(denoise: Denoiser, schedule: NoiseSchedule, x: Tensor, timesteps: Sequ
         yield s, x, x0_hat
 
 
-def dpmpp_sde(denoise: Denoiser, schedule: NoiseSchedule, x: Tensor, timesteps: Sequence[int], randn: Randn) -> Steps:
-    """Stochastic DPM-Solver++ 2M (arXiv 2211.01095, section 5): ancestral sampling to second order.
+def sa(denoise: Denoiser, schedule: NoiseSchedule, x: Tensor, timesteps: Sequence[int], randn: Randn) -> Steps:
+    """SA-Solver (arXiv 2309.05019, tau = 1), predictor and corrector of second order: ancestral sampling.
 
-    Its first-order step is that of `ddpm`; like `dpmpp` it extrapolates x0_hat, except in its first and last steps.
-    The fresh noise of each step makes good the network's errors in the steps before, at a cost in variety.
+    With x0_hat constant its step is that of `ddpm`. An evaluation first corrects the step that led to it, by the line
+    in log-SNR between x0_hat at both ends, and then predicts the next, by the line through the latest two. Where steps
+    are coarse, x0_hat at the far end, which has seen the step's fresh noise, also gives back the spread that a step
+    lacks whose x0_hat is only a mean.
     """
-    previous: tuple[int, Tensor] | None = None
+    before: tuple[int, Tensor, Tensor, float, float] | None = None  # t, x0_hat, all of the step but its x0, share, h
     for t, s in pairwise(timesteps):
         x0_hat = denoise(x, t)
-        x, step_variance = posterior(schedule, _extrapolated(schedule, x0_hat, previous, t, s), x, t, s)
+        aim = x0_hat
+        h = _log_snr_step(schedule, t, s)
+        if before is not None:
+            _, last, rest, share, last_h = before
+            x = rest + share * torch.lerp(last, x0_hat, _lean(last_h))
+            if s > 0 and math.isfinite(last_h):
+                aim = x0_hat + _lean(h) * h / last_h * (x0_hat - last)
+        rest, step_variance = posterior(schedule, torch.zeros_like(x), x, t, s)
         if s > 0:
-            x = x + math.sqrt(step_variance) * randn()
-        previous = t, x0_hat
+            rest = rest + math.sqrt(step_variance) * randn()
+        share = (schedule.alpha[s] * transition_variance(schedule, t, s) / (1 - schedule.alpha_bar[t])).item()
+        x = rest + share * aim
+        before = t, x0_hat, rest, share, h
         yield s, x, x0_hat
+
+
+def _lean(h: float) -> float:
+    """Mean position in a step of log-SNR 2h, 0 at its begin and 1 at its end, of what reaches its end of x0_hat."""
+    reached = -math.expm1(-2 * h)
+    return (1 - reached / (2 * h)) / reached if math.isfinite(h) else 1.0
 
 
 def unipc(denoise: Denoiser, schedule: NoiseSchedule, x: Tensor, timesteps: Sequence[int], randn: Randn,
@@ -180,4 +190,4 @@ def _exponential_step(schedule: NoiseSchedule, x: Tensor, x0_hat: Tensor, t: int
 
 
 SAMPLERS: dict[str, Callable[..., Steps]] = {
-    "ddpm": ddpm, "ddim": ddim, "dpmpp": dpmpp, "dpmpp-sde": dpmpp_sde, "unipc": unipc}
+    "ddpm": ddpm, "ddim": ddim, "dpmpp": dpmpp, "sa": sa, "unipc": unipc}

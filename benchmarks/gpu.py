@@ -11,8 +11,6 @@ import contextlib
 import io
 import itertools
 import json
-import math
-import os
 import signal
 import statistics
 import subprocess
@@ -293,12 +291,11 @@ def fill_table(bench: Bench) -> None:
         except Exception as error:  # whatever it is, it belongs into the table
             said[name] = f"FAILED: {type(error).__name__}: {(str(error).splitlines() or [''])[0][:150]}"
         print(f"  {name}: {said[name]}", file=sys.stderr, flush=True)
-    seconds = math.ceil(time.perf_counter() - began)
+    seconds = round(time.perf_counter() - began)
     where = f"{machine(bench.device)}, {driver()}"
     print(f"{where}; {seconds} s in all.\n\n{table(('what', 'found'), list(said.items()))}\n")
     print(json.dumps({"machine": where, "seconds": seconds, **bench.found, **said}))
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("TORCHINDUCTOR_FX_GRAPH_CACHE", "1")
     run_script(main)

@@ -28,7 +28,7 @@ def main(argv: list[str]) -> None:
     parser = Parser(__doc__, "--data-dir", "--device", "--images")
     parser.add_argument("--checkpoint", type=Path, default=None, help="unset: the weights that ship")
     parser.add_argument("--steps", type=int, nargs="+", default=[10, 15, 25])
-    parser.add_argument("--sampler", default="dpmpp-sde")
+    parser.add_argument("--sampler", default="sa")
     options = parser.parse(argv)
     flags = ["--checkpoint", str(options.checkpoint)] if options.checkpoint else ["--name", "none-of-this-name"]
     config = config_of(options, *flags, "--sampler", options.sampler)
@@ -53,7 +53,7 @@ def main(argv: list[str]) -> None:
         grey = digits.images.double().mean((1, 2, 3)) / 255
         of_class = torch.stack([grey[digits.labels == k].mean() for k in range(10)])
         labels = trained.labels(None, 0, options.images).to(here.device)
-        for spacing in ("trailing", "eased", "edm"):
+        for spacing in ("trailing", "edm"):
             for steps in options.steps:
                 timesteps = timesteps_of(schedule, steps, spacing)
                 found = torch.zeros(steps, dtype=torch.float64)

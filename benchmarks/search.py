@@ -14,7 +14,6 @@ import argparse
 import json
 import math
 import multiprocessing
-import statistics
 import time
 from pathlib import Path
 from typing import Any
@@ -81,8 +80,8 @@ def train_and_judge(task: tuple[str, int, argparse.Namespace]) -> dict[str, Any]
     return {"recipe": name, "flags": RECIPES[name], "seconds": options.seconds, "wall": round(wall), "seed": seed,
             "steps": run.step, "epochs": round(seen / len(digits), 3), "images_per_s": round(seen / seconds, 1),
             "parameters": count_parameters(run.network), "gflop": round(gflop_per_image(config.model), 4),
-            "train_loss": round(statistics.mean(last or [math.nan]), 5),
-            "test_loss": round(statistics.mean(levels), 5), **found, "judged_on": options.images,
+            "train_loss": round(sum(last) / max(1, len(last)), 5),
+            "test_loss": round(sum(levels) / len(levels), 5), **found, "judged_on": options.images,
             "extractor": judge.extractor, "machine": machine(here.device)}
 
 

@@ -10,7 +10,6 @@ import hashlib
 import itertools
 import json
 import os
-import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -39,8 +38,6 @@ def save(path: Path, state: Mapping[str, Any]) -> None:
     previous.safetensors.
     """
     content = {key: state[key] for key in KEYS if key not in ("version", "digest")} | {"version": FORMAT_VERSION}
-    for part in ("model", "ema"):
-        content[part] = content[part] and {clean_name(name): value for name, value in content[part].items()}
     tensors: dict[str, Tensor] = {}
     outline = _outline(content, "", tensors)
     metadata = {"content": json.dumps(outline), "digest": _digest(outline, tensors)}
@@ -62,11 +59,6 @@ def _keep_previous(path: Path) -> None:
         shutil.copyfile(path, spare)
     os.replace(spare, path.with_name(PREVIOUS))
     spare.unlink(missing_ok=True)  # a rename does nothing where both names were the same file already
-
-
-def clean_name(name: str) -> str:
-    """A weight's name without the prefixes that torch.compile and DistributedDataParallel add."""
-    return re.sub(r"^(module\.)+", "", name.replace("_orig_mod.", ""))
 
 
 def _outline(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
@@ -109,7 +101,7 @@ def _digest(outline: Any, tensors: Mapping[str, Tensor]) -> str:
 
 def weights_digest(weights: Mapping[str, Tensor]) -> str:
     """First 16 hex digits of the SHA-256 over names, dtypes, shapes and values: what names weights everywhere."""
-    return _hash({clean_name(name): value for name, value in weights.items()}).hexdigest()[:16]
+    return _hash(weights).hexdigest()[:16]
 
 
 def _hash(tensors: Mapping[str, Tensor]) -> Any:

@@ -131,15 +131,6 @@ def test_only_whole_states_of_plain_values_are_saved(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "module._orig_mod.", "_orig_mod.module."])
-def test_prefixes_are_stripped(tmp_path: Path, prefix: str) -> None:
-    plain = make_state()
-    state = plain | {part: {prefix + name: value for name, value in plain[part].items()} for part in ("model", "ema")}
-    checkpoint.save(tmp_path / "b.safetensors", state)
-    assert same(checkpoint.load(tmp_path / "b.safetensors")["ema"], {**plain["ema"]})
-    assert checkpoint.weights_digest(state["ema"]) == checkpoint.weights_digest(plain["ema"])
-
-
 # Digests
 
 

@@ -40,12 +40,12 @@ def schedule():
 
 @pytest.mark.parametrize("options", [
     replace(OPTIONS, sampler="dpmpp"),
-    replace(OPTIONS, sampler="dpmpp-sde"),
+    replace(OPTIONS, sampler="sa"),
     replace(OPTIONS, sampler="ddpm"),
     replace(OPTIONS, sampler="ddpm", variance="upper", guidance=2.0),
     replace(OPTIONS, sampler="ddim", eta=0.5),
     replace(OPTIONS, sampler="unipc", guidance=1.5),
-], ids=["dpmpp", "dpmpp-sde", "ddpm", "ddpm-guided", "ddim", "unipc-guided"])
+], ids=["dpmpp", "sa", "ddpm", "ddpm-guided", "ddim", "unipc-guided"])
 def test_an_image_is_bitwise_the_same_alone_and_among_many(network, schedule, options):
     def chosen(indices):
         return drawn(network, schedule, options, 7, indices, choose_labels(None, 7, indices))

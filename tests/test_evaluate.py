@@ -158,6 +158,26 @@ def test_images_of_one_class_are_measured_without_a_judge(untrained: list[str], 
                  "--runs", "some.safetensors", "some.safetensors"]) == 2
 
 
+@pytest.mark.parametrize("counts", [[1] * 5, [90, 6, 1]], ids=["five images", "unequal shares"])
+def test_odd_data_train_and_draw_and_are_measured_or_told_why_not(counts: list[int], own_folder: Path,
+                                                                  capsys: Capture) -> None:
+    digits = FEW["train"]
+    chosen = torch.cat([(digits.labels == k).nonzero()[:1].repeat(count, 1) for k, count in enumerate(counts)])[:, 0]
+    (own_folder / "odd").mkdir()
+    for names in dataset.FILES.values():
+        for name, values in zip(names, (digits.images[chosen, 0].numpy(), digits.labels[chosen].numpy())):
+            write_idx(own_folder / "odd" / name, values)
+    common = ["--dataset", "idx", "--data-dir", "odd", "--device", "cpu", "--steps", "2"]
+    assert main([*common, *TINY, "--timesteps", "6", "--epochs", "1", "--preview", "4", "--num-images", "100"]) == 0
+    drawn = np.load(own_folder / "results/idx/samples.npz")["arr_1"]
+    wanted = np.array(counts) * 100 / sum(counts)
+    assert np.abs(np.bincount(drawn, minlength=len(counts)) - wanted).max() <= 1
+    capsys.readouterr()
+    assert main([*common, "--mode", "evaluate", "--num-images", "200"]) == 2
+    said = capsys.readouterr().err.strip()
+    assert len(said.splitlines()) == 1 and "too few real images for a floor" in said
+
+
 def test_weights_of_another_network_are_refused(untrained: list[str], own_folder: Path, capsys: Capture) -> None:
     state = checkpoint.load(own_folder / "some.safetensors")
     state["ema"]["stem.weight"] = torch.zeros(8, 3, 3, 3)  # colour images
@@ -238,7 +258,7 @@ def test_a_side_has_its_own_way_of_drawing_or_several_runs(two: list[str]) -> No
     assert plain.orders[0].options == expected and own.orders[0].options.guidance == 1.5
     assert torch.equal(plain.orders[0].labels, own.orders[0].labels)
     said = " ".join(differences(plain, own))
-    assert "guidance is" in said and "sampler is dpmpp-sde, and ddim" in said and "Code" not in said
+    assert "guidance is" in said and "sampler is sa, and ddim" in said and "Code" not in said
     save_network(Path("checkpoints/three/last.safetensors"), 2)
     several = load_side("one,two,checkpoints/three/last.safetensors", config, 2000, CPU)
     assert [trained.step for trained in several.trained] == [100] * 3
