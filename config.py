@@ -86,12 +86,12 @@ class SampleConfig:
 
     num_images: Annotated[int, Ge(1), Le(10**6)] | None = None  # unset: 256, or 10000 where they are measured
     sampler: Literal["ddpm", "ddim", "dpmpp", "sa", "unipc"] = "sa"  # reverse process
-    steps: Annotated[int, Ge(1), Le(100_000)] = 12  # each evaluates the network once, with guidance twice
-    spacing: Literal["trailing", "edm"] = "trailing"  # of the steps: evenly (2305.08891), or EDM's (2206.00364)
+    steps: Annotated[int, Ge(1), Le(100_000)] = 13  # each evaluates the network once, with guidance twice
+    spacing: Literal["trailing", "eased", "edm"] = "eased"  # of the steps: evenly, closer at both ends, or EDM's
     eta: Share = 0.0  # ddim: noise added in each step, 0 (none) to 1 (as ddpm)
     variance: Literal["posterior", "upper"] = "posterior"  # ddpm: beta-tilde or beta (2006.11239, section 3.2)
-    guidance: Annotated[float, Ge(0), Le(100)] = 1.2  # x0 = free + guidance * (labelled - free) (2207.12598); 1: off
-    guidance_interval: tuple[Timestep, Timestep] | None = (400, 650)  # where guided, first < t <= second (2404.07724)
+    guidance: Annotated[float, Ge(0), Le(100)] = 1.5  # x0 = free + guidance * (labelled - free) (2207.12598); 1: off
+    guidance_interval: tuple[Timestep, Timestep] | None = (450, 600)  # where guided, first < t <= second (2404.07724)
     digits: Asked | None = None  # digits to draw, cycled ("7", "0123456789"), or "none"; unset: as in the data
     write: Written | None = None  # a number to write in one line, such as 20261123, into number.png
     checkpoint: Path | None = None  # file to draw from; unset: checkpoints/<name>/last.safetensors, else what ships

@@ -17,6 +17,7 @@ from diffusion import Denoiser, NoiseSchedule, posterior, transition_variance
 
 Steps = Iterator[tuple[int, Tensor, Tensor]]
 Randn = Callable[[], Tensor]
+EASE = 0.25  # share of the Chebyshev nodes in the spacing "eased"
 EDM_RHO, EDM_HIGHEST = 7, 20.0  # of the spacing "edm"; sigma / alpha above which the data hardly shows
 
 
@@ -31,18 +32,23 @@ def spaced_timesteps(timesteps: int, steps: int) -> list[int]:
 
 
 def timesteps_of(schedule: NoiseSchedule, steps: int, spacing: str = "trailing") -> list[int]:
-    """Descending integers from T to 0, length steps + 1, spaced in one of two ways; raises UserError as above.
+    """Descending integers from T to 0, length steps + 1, spaced in one of three ways; raises UserError as above.
 
-    "trailing": evenly. "edm": from T to sigma_t / alpha_t = 20, and on to t = 1 as arXiv 2206.00364, eq. 5, spaces it.
+    "trailing": evenly. "eased": a little closer together at both ends, a quarter of the way to the Chebyshev nodes.
+    "edm": from T to sigma_t / alpha_t = 20, and on to t = 1 as arXiv 2206.00364, eq. 5, spaces it.
     """
     last = schedule.timesteps
     even = spaced_timesteps(last, steps)
     if spacing == "trailing" or steps == 1:
         return even
-    ratio = (schedule.sigma / schedule.alpha)[1:]
-    high, low = (min(ratio[i].item(), EDM_HIGHEST) ** (1 / EDM_RHO) for i in (-1, 0))
-    ramp = [high + (low - high) * i / max(1, steps - 2) for i in range(steps - 1)]
-    spaced = [last, *(1 + (ratio - value**EDM_RHO).abs().argmin().item() for value in ramp), 0]
+    if spacing == "eased":
+        wanted = [(1 - EASE) * t + EASE * last * (1 + math.cos(math.pi * i / steps)) / 2 for i, t in enumerate(even)]
+    else:
+        ratio = (schedule.sigma / schedule.alpha)[1:]
+        high, low = (min(ratio[i].item(), EDM_HIGHEST) ** (1 / EDM_RHO) for i in (-1, 0))
+        ramp = [high + (low - high) * i / max(1, steps - 2) for i in range(steps - 1)]
+        wanted = [last, *(1 + (ratio - value**EDM_RHO).abs().argmin().item() for value in ramp), 0]
+    spaced = [round(t) for t in wanted]
     for i in range(1, steps):  # distinct, with room for what follows
         spaced[i] = max(min(spaced[i], spaced[i - 1] - 1), steps - i)
     return spaced

@@ -53,7 +53,7 @@ def main(argv: list[str]) -> None:
         grey = digits.images.double().mean((1, 2, 3)) / 255
         of_class = torch.stack([grey[digits.labels == k].mean() for k in range(10)])
         labels = trained.labels(None, 0, options.images).to(here.device)
-        for spacing in ("trailing", "edm"):
+        for spacing in ("trailing", "eased", "edm"):
             for steps in options.steps:
                 timesteps = timesteps_of(schedule, steps, spacing)
                 found = torch.zeros(steps, dtype=torch.float64)

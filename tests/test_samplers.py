@@ -90,7 +90,7 @@ def test_timesteps_are_trailing():
         assert spaced_timesteps(1000, steps)[:-1] == expected
 
 
-@pytest.mark.parametrize("spacing", ["trailing", "edm"])
+@pytest.mark.parametrize("spacing", ["trailing", "eased", "edm"])
 @pytest.mark.parametrize("schedule_name", ["linear", "cosine", "zero"])
 @pytest.mark.parametrize("timesteps", [21, 1000])
 def test_every_spacing_descends_from_T_to_0(spacing, schedule_name, timesteps):
@@ -101,9 +101,13 @@ def test_every_spacing_descends_from_T_to_0(spacing, schedule_name, timesteps):
         assert all(type(t) is int for t in spaced) and all(t > s for t, s in zip(spaced, spaced[1:]))
 
 
-def test_edm_spacing():
+def test_eased_and_edm_spacing():
     schedule = schedule_of("cosine", 1000)
     assert timesteps_of(schedule, 10) == spaced_timesteps(1000, 10)
+    eased = timesteps_of(schedule, 10, "eased")  # symmetric, closer at both ends than in the middle
+    assert all(t + s == 1000 for t, s in zip(eased, reversed(eased)))
+    gaps = [t - s for t, s in zip(eased, eased[1:])]
+    assert gaps[:5] == sorted(gaps[:5]) and gaps[0] < 85 < 100 < gaps[4]
     ratio = schedule.sigma / schedule.alpha
     first, *_, last = spaced = timesteps_of(schedule, 19, "edm")[1:-1]
     assert last == 1 and abs(ratio[first] - 20) < 0.5
