@@ -7,7 +7,7 @@ t = T is noise, and the network is trained on t in 1..T. The network is any call
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cache, cached_property, lru_cache
 
 import torch
 from torch import Tensor
@@ -51,7 +51,7 @@ class NoiseSchedule:
         return _on_device(values, t.device)[t][:, None, None, None]
 
 
-@lru_cache(maxsize=32)
+@cache  # a captured graph goes on reading them
 def _on_device(values: Tensor, device: torch.device) -> Tensor:
     """A float32 copy on a device, made once: each copy in the training loop would wait for the GPU."""
     with torch.inference_mode(False):  # it may be made while drawing and used in training

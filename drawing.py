@@ -29,7 +29,7 @@ NOISE_STREAM, DIGIT_STREAM = 2, 3  # of random numbers; train.py owns stream 1
 SHOWN = 6  # images in the pictures of the process
 BLOCK = 100  # images whose labels are a design together
 GOLDEN = (5**0.5 - 1) / 2
-_GRAPHS: weakref.WeakKeyDictionary[Network, dict[int, Network]] = weakref.WeakKeyDictionary()  # by size of batch
+_GRAPHS: weakref.WeakKeyDictionary[Network, dict[Any, Network]] = weakref.WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -229,16 +229,16 @@ def _draw_chunk(trained: Trained, order: Order, runtime: Runtime,
 def _graphed(network: Network) -> Network:
     """The network as captured CUDA graphs: at a chunk's size, launching costs more than computing.
 
-    Captured once for each network and size of batch (with guidance it is twice the chunk), and freed with the network,
-    whose weights a graph reads where they lie: in training, previews see them as they are by then.
+    Captured once for each network, size of batch (with guidance it is twice the chunk) and precision, and freed with
+    the network, whose weights a graph reads where they lie: in training, previews see them as they are by then.
     """
     graphs, itself = _GRAPHS.setdefault(network, {}), weakref.ref(network)  # a graph that held it would keep both
 
     def call(*arguments: Tensor) -> Tensor:
-        size = len(arguments[0])
-        if size not in graphs:
-            graphs[size] = Captured(lambda *inputs: cast(Network, itself())(*inputs))
-        return graphs[size](*arguments)
+        kind = len(arguments[0]), torch.is_autocast_enabled("cuda")
+        if kind not in graphs:
+            graphs[kind] = Captured(lambda *inputs: cast(Network, itself())(*inputs))
+        return graphs[kind](*arguments)
 
     return call
 

@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import nn
 
 import config as configs
 from config import Config, TrainConfig, UserError
-from diffusion import Network, diffusion_loss, stratified_timesteps
+from diffusion import diffusion_loss, stratified_timesteps
 from drawing import Order, Trained, choose_labels, draw
 from model import count_parameters, gflop_per_image
 from support import checkpoint, plots
@@ -62,8 +61,7 @@ def milestone(epoch: float) -> int:
 def record(run: "Run") -> None:
     """Adds a row to metrics.csv, and draws loss.png and a preview, with the averaged weights."""
     options, count = run.config.train, len(run.train)
-    network = run.average
-    levels = test_loss(network, run)
+    levels = test_loss(run)
     total, steps = run.history["running"]
     size = run.schedule.timesteps / LEVELS
     row = {"step": run.step, "epoch": round(run.step * options.batch_size / count, 6),
@@ -77,7 +75,7 @@ def record(run: "Run") -> None:
         columns.setdefault(name, [math.nan] * before).append(row.get(name, math.nan))
     run.history["running"] = [0.0, 0]
     if options.preview:
-        draw_preview(network, run)
+        draw_preview(run)
 
     def write() -> None:
         text = io.StringIO()
@@ -91,17 +89,17 @@ def record(run: "Run") -> None:
     run.runtime.only_first(write)
 
 
-def draw_preview(network: nn.Module, run: "Run") -> None:
+def draw_preview(run: "Run") -> None:
     options = replace(run.config.sample, sampler="sa", steps=min(10, run.schedule.timesteps), eta=0.0,
                       variance="posterior", guidance=float(run.config.train.label_dropout < 1), guidance_interval=None)
     indices = range(run.config.train.preview)
     order = Order(options, run.config.seed, indices, choose_labels("0123456789", run.config.seed, indices))
-    x = draw(Trained(network, run.schedule, run.config, run.history), order, run.runtime)
+    x = draw(Trained(run.average, run.schedule, run.config, run.history), order, run.runtime)
     run.runtime.only_first(lambda: plots.save_grid(run.results / f"preview-{run.step:07d}.png", to_uint8(x),
                                                    max(1, round(len(indices) ** 0.5)), {"step": str(run.step)}))
 
 
-def test_loss(network: Network, run: "Run") -> list[float]:
+def test_loss(run: "Run") -> list[float]:
     """Mean loss in each tenth of the noise levels, over fixed images, timesteps and noise, so that runs compare."""
     number, timesteps, device = min(TEST_IMAGES, len(run.test)), run.schedule.timesteps, run.runtime.device
     random = generator("cpu", TEST_STREAM)
@@ -111,8 +109,8 @@ def test_loss(network: Network, run: "Run") -> list[float]:
     with torch.inference_mode(), run.runtime.autocast():
         for part in torch.arange(number).split(250):
             x0, labels = to_unit(run.test.images[part.to(device)]), run.test.labels[part.to(device)]
-            losses.append(diffusion_loss(network, run.schedule, x0, labels, t[part].to(device), noise[part].to(device),
-                                         run.config.train.clip_loss))
+            losses.append(diffusion_loss(run.average, run.schedule, x0, labels, t[part].to(device),
+                                         noise[part].to(device), run.config.train.clip_loss))
     loss, level = torch.cat(losses).double().cpu(), (t - 1) * LEVELS // timesteps
     return [loss[level == i].mean().item() if (level == i).any() else math.nan for i in range(LEVELS)]
 

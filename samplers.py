@@ -104,29 +104,29 @@ def sa(denoise: Denoiser, schedule: NoiseSchedule, x: Tensor, timesteps: Sequenc
     are coarse, x0_hat at the far end, which has seen the step's fresh noise, also gives back the spread that a step
     lacks whose x0_hat is only a mean.
     """
-    before: tuple[int, Tensor, Tensor, float, float] | None = None  # t, x0_hat, all of the step but its x0, share, h
+    before: tuple[Tensor, Tensor, float, float] | None = None  # x0_hat, all of the step but its x0, share, h
     for t, s in pairwise(timesteps):
         x0_hat = denoise(x, t)
         aim = x0_hat
         h = _log_snr_step(schedule, t, s)
         if before is not None:
-            _, last, rest, share, last_h = before
+            last, rest, share, last_h = before
             x = rest + share * torch.lerp(last, x0_hat, _lean(last_h))
-            if s > 0 and math.isfinite(last_h):
-                aim = x0_hat + _lean(h) * h / last_h * (x0_hat - last)
+            if s > 0:
+                aim = x0_hat + _lean(h) * h / last_h * (x0_hat - last)  # 0 after infinite noise
         rest, step_variance = posterior(schedule, torch.zeros_like(x), x, t, s)
         if s > 0:
             rest = rest + math.sqrt(step_variance) * randn()
         share = (schedule.alpha[s] * transition_variance(schedule, t, s) / (1 - schedule.alpha_bar[t])).item()
         x = rest + share * aim
-        before = t, x0_hat, rest, share, h
+        before = x0_hat, rest, share, h
         yield s, x, x0_hat
 
 
 def _lean(h: float) -> float:
     """Mean position in a step of log-SNR 2h, 0 at its begin and 1 at its end, of what reaches its end of x0_hat."""
     reached = -math.expm1(-2 * h)
-    return (1 - reached / (2 * h)) / reached if math.isfinite(h) else 1.0
+    return (1 - reached / (2 * h)) / reached
 
 
 def unipc(denoise: Denoiser, schedule: NoiseSchedule, x: Tensor, timesteps: Sequence[int], randn: Randn,

@@ -1,4 +1,4 @@
-"""mode train: the loop, the step, the learning rate, and when a run saves; what it writes down is in record.py.
+"""mode train: the loop, the step, and when a run saves; what it writes down is in record.py.
 
 A step's images, timesteps and noise are a function of (seed, step), so a run that was stopped and continued is the
 run that was not. Every process of torchrun takes its share of the same global batch. The learning itself is
@@ -168,8 +168,8 @@ def training_step(learn: Callable[..., Tensor], run: Run) -> Tensor:
     """One step of all processes, by the run's `learner`; the batch's mean loss [], nan if the step was skipped."""
     if run.config.model.dropout:
         torch.manual_seed(seed_of(run.config.seed, DROPOUT_STREAM, run.step, run.runtime.rank))
-    kept = min(run.config.train.ema, (1 + run.step) / (10 + run.step))  # of the average: short-lived at first
-    return learn(*draw_batch(run), torch.full((), kept, device=run.runtime.device))
+    gain = 1 - min(run.config.train.ema, (1 + run.step) / (10 + run.step))  # of the average: short-lived at first
+    return learn(*draw_batch(run), torch.full((), gain, device=run.runtime.device))
 
 
 def draw_batch(run: Run) -> tuple[Tensor, Tensor, Tensor]:
@@ -182,17 +182,18 @@ def draw_batch(run: Run) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def learner(run: Run) -> Callable[..., Tensor]:
-    """What a step does with what `draw_batch` drew, and with the average's decay []; returns the mean loss [].
+    """What a step does with what `draw_batch` drew, and with the average's gain []; returns the mean loss [].
 
     A loss or gradient that is not finite never reaches the weights. All of it is decided on the device: the host
-    launches the step and does not wait for it, and on a GPU it is one launch.
+    launches the step and does not wait for it, and on a GPU it is one launch, so that no Python below runs after the
+    first steps: what changes from step to step has to come in as a tensor.
     """
     options, runtime, digits = run.config.train, run.runtime, run.train
     ours: nn.Module = run.network if runtime.world == 1 else DistributedDataParallel(run.network)
     forward = compiled(ours, runtime)
     share = slice(runtime.rank, None, runtime.world)
 
-    def learn(indices: Tensor, uniform: Tensor, noise: Tensor, kept: Tensor) -> Tensor:
+    def learn(indices: Tensor, uniform: Tensor, noise: Tensor, gain: Tensor) -> Tensor:
         t = stratified_timesteps(run.schedule.timesteps, options.batch_size, uniform[:1])[share]
         labels = digits.labels[indices].masked_fill(uniform[1:] < options.label_dropout, NO_LABEL)[share]
         with runtime.autocast():
@@ -208,7 +209,7 @@ def learner(run: Run) -> Callable[..., Tensor]:
             total /= runtime.world
         good = torch.isfinite(norm + total)
         run.optimizer.step(good)
-        update_average(run.average, run.network, kept, good)
+        update_average(run.average, run.network, gain, good)
         run.network.zero_grad()
         return torch.where(good, total, torch.nan)
 

@@ -1,4 +1,4 @@
-"""What the benchmarks share: their options, our network in training, fair timing, judged images, machine and tables.
+"""What the benchmarks share: their options, our network in training, judged images, machine and tables.
 
 Importing it puts the project's root on the path, so every script here runs as `python benchmarks/NAME.py`.
 """
@@ -36,7 +36,6 @@ QUALITY_IMAGES = 2000  # drawn images in each Fréchet distance
 OPTIONS: dict[str, dict[str, Any]] = {
     "--data-dir": {"metavar": "FOLDER", "help": "of the data, as for run.py"},
     "--device": {"default": "auto", "help": "cuda, mps, cpu or auto"},
-    "--precision": {"default": "auto", "help": "fp32, bf16 or auto"},
     "--seed": {"type": int, "default": 0, "help": "every random number follows from it"},
     "--threads": {"type": int, "help": "of the CPU; unset: torch's choice"},
     "--images": {"type": int, "default": QUALITY_IMAGES, "help": "drawn for each Fréchet distance"},
@@ -67,7 +66,7 @@ class Parser(argparse.ArgumentParser):
 def config_of(options: argparse.Namespace | None, *flags: str) -> Config:
     """The config of run.py with these flags, and with those of the shared options that run.py has too."""
     shared = ["--dataset", "mnist"]
-    for flag in ("--data-dir", "--device", "--precision", "--seed"):
+    for flag in ("--data-dir", "--device", "--seed"):
         value = getattr(options, flag[2:].replace("-", "_"), None)
         shared += [] if value is None else [flag, str(value)]
     return configs.parse([*shared, *flags])

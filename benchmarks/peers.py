@@ -143,7 +143,7 @@ def compare(options: Namespace, here: Runtime) -> dict[str, Any]:
     """Measures what the report in options.out lacks, saves it there after each measurement, and returns it."""
     digits, test = common.load_digits(common.config_of(options), here.device)
     judge = common.Judge(digits, test, options.images)
-    settings = {"minutes": options.minutes, "clock": options.clock, "batch": BATCH,
+    settings = {"steps": STEPS, "minutes": options.minutes, "clock": options.clock, "batch": BATCH,
                 "images": options.images, "seed": options.seed, "extractor": judge.extractor}
     machine = common.machine(here.device)
     report: dict[str, Any] = {"machine": machine, "settings": settings, "quality": []}

@@ -70,7 +70,7 @@ def train_and_judge(task: tuple[str, int, argparse.Namespace]) -> dict[str, Any]
         seconds, wall = clock() - began, time.perf_counter() - began_wall
         run, judge = trainee.run, Judge(digits, test, options.images)
         run.history["seconds"] = seconds
-        levels = test_loss(run.average, run)
+        levels = test_loss(run)
         found = judge(*trainee.draw(options.images, guidance=1.0))
     if options.keep is not None:
         path = options.keep / f"{name.replace(' ', '-')}-s{seed}.safetensors"

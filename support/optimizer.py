@@ -6,7 +6,7 @@ A step that is not `good` changes nothing, which is decided on the device, so th
 import math
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,7 @@ class Optimizer:
         common: dict[str, Any] = {"lr": self.rate, "weight_decay": options.weight_decay}
         self.parts: dict[str, torch.optim.Optimizer] = {
             "adamw": torch.optim.AdamW(rest, betas=(0.9, 0.99), fused=True, capturable=self.rate.is_cuda, **common)}
+        vars(self.parts["adamw"])["_warned_capturable_if_run_uncaptured"] = True  # it would, of every graph's warm-up
         if inner:
             self.parts["muon"] = Muon(inner, **common)
 
@@ -79,7 +80,8 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             alike: dict[torch.Size, list[nn.Parameter]] = {}
             for weight in group["params"]:
-                alike.setdefault(weight.shape, []).append(weight)
+                if weight.grad is not None:
+                    alike.setdefault(weight.shape, []).append(weight)
             work = [partial(self.move, weights, group) for weights in alike.values()]
             side_by_side(work, self.found_inf.device)
 
@@ -88,7 +90,7 @@ class Muon(torch.optim.Optimizer):
         for weight in weights:
             if not self.state[weight]:
                 self.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
-        gradients = [weight.grad for weight in weights if weight.grad is not None]
+        gradients = [cast(Tensor, weight.grad) for weight in weights]
         buffers = [self.state[weight]["momentum_buffer"] for weight in weights]
         old, slopes, momenta = (torch.stack([as_matrix(each) for each in those])
                                 for those in (weights, gradients, buffers))
@@ -130,9 +132,9 @@ def learning_rate(options: TrainConfig, step: int, progress: float) -> float:
 
 
 @torch.no_grad()
-def update_average(average: nn.Module, network: nn.Module, kept: Tensor, good: Tensor) -> None:
-    """average = kept average + (1 - kept) network, for each weight; kept [] is the decay of this step."""
+def update_average(average: nn.Module, network: nn.Module, gain: Tensor, good: Tensor) -> None:
+    """average += gain (network - average), for each weight (not for buffers: no layer here has any); gain [] or 0."""
     averages: list[Tensor] = list(average.parameters())
     towards = torch._foreach_sub(list(network.parameters()), averages)
-    torch._foreach_mul_(towards, good * (1 - kept))
+    torch._foreach_mul_(towards, good * gain)
     torch._foreach_add_(averages, towards)

@@ -1,4 +1,4 @@
-"""Where and how the computation runs: device, precision, compilation, torchrun's processes, stop signals, clock.
+"""Where and how it runs: device, precision, compilation, CUDA graphs, torchrun's processes, stop signals, clock.
 
 Also `seed_of`, from which every random number follows (design: randomness is a function). Knows nothing of diffusion.
 """
@@ -136,7 +136,7 @@ def compiled(function: Callable[..., Any], runtime: Runtime) -> Callable[..., An
         try:
             return chosen(*args)
         except Exception as error:  # a compiler fails in many ways; none of them should end a run
-            if chosen is function:
+            if chosen is function or torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
                 raise
             first_line = "".join(str(error).strip().splitlines()[:1])[:120]
             runtime.say(f"note: torch.compile failed ({type(error).__name__}: {first_line}); going on without")
@@ -150,14 +150,14 @@ class Captured:
     """A function of tensors as a CUDA graph: many small kernels cost more to launch than to compute.
 
     Its first calls run as they are, in which libraries choose their kernels and compilers compile; then it is captured,
-    and replayed with copies of the arguments, whose shapes stay. What else it reads, such as weights, is read where it
-    lies, as it is by then. The graph's memory is freed with it.
+    and replayed with copies of the arguments, whose shapes stay. No Python of it runs any more, so what changes from
+    call to call has to be an argument, or a tensor that is read where it lies, such as weights. The graph's memory is
+    freed with it.
     """
 
-    def __init__(self, function: Callable[..., Tensor], warm_ups: int = 3) -> None:
-        self.function, self.warm_ups = function, warm_ups
+    def __init__(self, function: Callable[..., Tensor]) -> None:
+        self.function, self.warm_ups, self.inputs = function, 3, list[Tensor]()
         self.stream, self.graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
-        self.inputs: list[Tensor] = []
 
     def __call__(self, *arguments: Tensor) -> Tensor:
         if self.warm_ups > 0:
@@ -169,17 +169,24 @@ class Captured:
             here.wait_stream(self.stream)
             return output
         if not self.inputs:
-            self.inputs = [argument.clone() for argument in arguments]
-            try:  # "thread_local": other threads, as NCCL's, go on
-                with torch.cuda.graph(self.graph, stream=self.stream, capture_error_mode="thread_local"):
-                    self.output = self.function(*self.inputs)
-            except RuntimeError as error:
-                first_line = "".join(str(error).strip().splitlines()[:1])[:120]
-                raise UserError(f"the network can't be captured as a CUDA graph ({first_line}): it must not wait for "
-                                "the GPU, as .item() does; mend it, or use --compile off") from None
+            self._capture([argument.clone() for argument in arguments])
         torch._foreach_copy_(self.inputs, arguments)
         self.graph.replay()
         return self.output.clone()
+
+    def _capture(self, inputs: list[Tensor]) -> None:
+        here = torch.cuda.current_stream()
+        try:  # "thread_local": other threads, as NCCL's, go on
+            with torch.cuda.graph(self.graph, stream=self.stream, capture_error_mode="thread_local"):
+                self.output = self.function(*inputs)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            torch.cuda.set_stream(here)  # which torch leaves as it was in the capture
+            first_line = "".join(str(error.__context__ or error).strip().splitlines()[:1])[:120]
+            raise UserError(f"the network can't be captured as a CUDA graph ({first_line}): it must not wait for the "
+                            "GPU, as .item() does; mend it, or use --compile off") from None
+        self.inputs = inputs
 
 
 def side_by_side(works: Sequence[Callable[[], Any]], device: torch.device) -> None:

@@ -53,6 +53,29 @@ def test_a_step_never_waits_for_the_device(flags: tuple[str, ...], monkeypatch: 
     assert run.history["running"][1] == 3 and not run.unread
 
 
+def test_the_average_is_short_lived_at_first() -> None:
+    run = tiny_run()
+    learn, weight = train.learner(run), lambda network: network.head.weight.detach().clone()
+    for step in range(3):
+        before = weight(run.average)
+        run.optimizer.set_rate(1e-2)
+        train.training_step(learn, run)
+        run.step += 1
+        kept = (1 + step) / (10 + step)
+        torch.testing.assert_close(weight(run.average), kept * before + (1 - kept) * weight(run.network))
+        assert not torch.equal(weight(run.average), before)
+
+
+def test_muon_leaves_alone_what_has_no_gradient() -> None:
+    weights = parameters([(8, 8, 3, 3)] * 3)
+    weights[0].grad, weights[2].grad = torch.ones_like(weights[0]), torch.randn_like(weights[2])
+    before = [weight.detach().clone() for weight in weights]
+    muon = Muon(weights, lr=0.1, weight_decay=0.1)
+    muon.found_inf = torch.tensor(0.0)
+    muon.step()
+    assert [torch.equal(*pair) for pair in zip(before, weights)] == [False, True, False]
+
+
 def test_losses_are_added_in_order_and_bad_steps_counted() -> None:
     run = tiny_run()
     run.unread = [torch.tensor(value) for value in (0.1, 0.7, torch.nan, 0.2, torch.nan, torch.nan)]
@@ -93,7 +116,7 @@ def test_the_average_by_hand(decay: float) -> None:
         before, good = average.weight.clone(), step != 3
         if good:
             network.weight.data.normal_()
-        update_average(average, network, torch.tensor(decay), GOOD if good else BAD)
+        update_average(average, network, torch.tensor(1 - decay), GOOD if good else BAD)
         if not good:
             assert torch.equal(average.weight, before)
         else:
@@ -101,7 +124,7 @@ def test_the_average_by_hand(decay: float) -> None:
 
 
 def test_a_graph_is_captured_once_and_goes_with_its_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    captured: list[int] = []
+    captured: list[Any] = []
 
     def capture(function: Any) -> Any:
         captured.append(function)
@@ -200,3 +223,7 @@ def test_a_gpu_learns_and_draws_the_same_in_graphs(flags: tuple[str, ...], graph
     drawn = [drawing.draw(trained, order, replace(other.runtime, compile=compile)) for compile in (True, False, True)]
     assert torch.equal(drawn[0], drawn[2])
     torch.testing.assert_close(drawn[0], drawn[1])
+    train.training_step(learners[1], other)  # the graph sees the new weights
+    again = [drawing.draw(trained, order, replace(other.runtime, compile=compile)) for compile in (True, False)]
+    torch.testing.assert_close(*again)
+    assert not torch.equal(again[0], drawn[0])
