@@ -195,5 +195,5 @@ def test_labels_follow_from_seed_and_index_and_show_no_pattern():
 def test_the_default_interval_fits_the_number_of_noise_levels(network, schedule) -> None:
     """100 of them here; one's own is taken as it is."""
     trained = Trained(network, schedule, Config(), {})
-    assert guided(SampleConfig(), trained, CPU).guidance_interval == (40, 65)
+    assert guided(SampleConfig(), trained, CPU).guidance_interval == (45, 60)
     assert guided(SampleConfig(guidance_interval=(1, 7)), trained, CPU).guidance_interval == (1, 7)
