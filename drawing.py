@@ -29,7 +29,7 @@ NOISE_STREAM, DIGIT_STREAM = 2, 3  # of random numbers; train.py owns stream 1
 SHOWN = 6  # images in the pictures of the process
 BLOCK = 100  # images whose labels are a design together
 GOLDEN = (5**0.5 - 1) / 2
-_GRAPHS: weakref.WeakKeyDictionary[Network, dict[Any, Network]] = weakref.WeakKeyDictionary()
+_GRAPHS: weakref.WeakKeyDictionary[Network, dict[Any, Network]] = weakref.WeakKeyDictionary()  # by size and precision
 
 
 @dataclass(frozen=True)
@@ -180,7 +180,7 @@ def draw(trained: Trained, order: Order, runtime: Runtime, trace: Trace | None =
         chunks.setdefault(index // runtime.chunk, []).append(position)
     mine = list(chunks.items())[runtime.rank::runtime.world]
     images = torch.zeros(len(order.indices), 1, 28, 28)
-    if runtime.device.type == "cuda" and runtime.compile:
+    if runtime.graphs:
         trained = replace(trained, network=_graphed(trained.network))
 
     def draw_mine() -> list[tuple[list[int], Any]]:

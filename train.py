@@ -213,7 +213,7 @@ def learner(run: Run) -> Callable[..., Tensor]:
         run.network.zero_grad()
         return torch.where(good, total, torch.nan)
 
-    return Captured(learn) if runtime.compile and runtime.world == 1 and runtime.device.type == "cuda" else learn
+    return Captured(learn) if runtime.graphs and runtime.world == 1 else learn
 
 
 def read_losses(run: Run, bar: Any = None) -> None:
@@ -244,8 +244,7 @@ def new_run(config: Config, runtime: Runtime, train: Digits, test: Digits) -> Ru
     history = {"columns": {}, "running": [0.0, 0], "seconds": 0.0, "skipped": 0, "code": code_digests(),
                "data": dataset.describe(train, config.dataset), "alpha_bar": schedule.alpha_bar}
     average = copy.deepcopy(network).eval().requires_grad_(False)
-    return Run(config, runtime, train, test, schedule, network, average,
-               Optimizer(network, config.train), 0, history)
+    return Run(config, runtime, train, test, schedule, network, average, Optimizer(network, config.train), 0, history)
 
 
 def code_digests() -> dict[str, str]:

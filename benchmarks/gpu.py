@@ -29,7 +29,6 @@ from torch.profiler import ProfilerActivity, profile
 import dataset
 import drawing
 from config import ROOT, Config, UserError
-from dataset import Digits
 from support import checkpoint
 from support.runtime import Runtime, start, to_uint8
 
@@ -46,13 +45,12 @@ class Bench:
         self.cuda = device.type == "cuda"
         self.found: dict[str, Any] = {}
 
-    def trainee(self, mode: str = "bf16", compile: bool = False, batch: int = 64, device: Any = None) -> Trainee:
+    def trainee(self, mode: str = "bf16", compile: bool = False, batch: int = 64) -> Trainee:
         torch.compiler.reset()  # it gives up after eight networks
-        runtime = Runtime(device or self.device, mode == "bf16", compile)
+        runtime = Runtime(self.device, mode == "bf16", compile)
         config = config_of(None, *self.data, "--batch-size", str(batch),
                            *(["--channels", "8", "8", "16", "--groups", "4"] if self.quick else []))
-        digits, test = (Digits(d.images, d.labels).to(runtime.device) for d in (self.digits, self.test))
-        return Trainee(config, runtime, digits, test)
+        return Trainee(config, runtime, self.digits, self.test)
 
     def wait(self) -> None:
         torch.get_device_module(self.device).synchronize()

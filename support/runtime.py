@@ -37,6 +37,11 @@ class Runtime:
         return self.rank == 0
 
     @property
+    def graphs(self) -> bool:
+        """Whether what is launched again and again is captured as a CUDA graph."""
+        return self.compile and self.device.type == "cuda"
+
+    @property
     def chunk(self) -> int:
         """Images per network call when drawing: one fixed size, since convolutions round differently at others."""
         return 64 if self.device.type == "cpu" else 256
