@@ -41,11 +41,11 @@ class UserError(Exception):
 class ModelConfig:
     """model: the U-Net (its stages are named by their resolution: 28, 14 and 7 pixels)"""
 
-    channels: tuple[Channels, Channels, Channels] = (16, 32, 96)  # channels at 28, 14 and 7 pixels
+    channels: tuple[Channels, Channels, Channels] = (16, 32, 64)  # channels at 28, 14 and 7 pixels
     blocks: tuple[Blocks, Blocks, Blocks] = (1, 2, 2)  # residual blocks at each, on the way down and up again
-    attention: tuple[Literal[28, 14, 7], ...] = (7,)  # resolutions with self-attention; give none for no attention
+    attention: tuple[Literal[28, 14, 7], ...] = ()  # resolutions with self-attention; give none for no attention
     embedding: Annotated[int, Ge(2), Le(65536), MultipleOf(2)] = 128  # width of the embedding of time and digit
-    groups: Annotated[int, Ge(1), Le(4096)] = 8  # groups of each GroupNorm; has to divide every channel count
+    groups: Annotated[int, Ge(1), Le(4096)] = 4  # groups of each GroupNorm; has to divide every channel count
     dropout: Annotated[float, Ge(0), Lt(1)] = 0.0  # share of activations dropped inside residual blocks
 
 
@@ -70,11 +70,12 @@ class TrainConfig:
     lr_schedule: Literal["linear", "cosine", "constant"] = "linear"  # decay to zero after the warm-up, or none
     warmup: Annotated[int, Ge(0), Le(10**7)] = 100  # steps over which the learning rate rises from zero
     optimizer: Literal["muon", "adamw"] = "muon"  # muon: Muon for weight matrices, AdamW for the rest
-    weight_decay: Annotated[float, Ge(0), Le(10)] = 0.01  # decoupled weight decay, times the learning rate
+    weight_decay: Annotated[float, Ge(0), Le(10)] = 0.05  # decoupled weight decay, times the learning rate
     grad_clip: Annotated[float, Gt(0)] = 1.0  # largest norm of the gradient; inf: no clipping
     ema: Annotated[float, Ge(0), Lt(1)] = 0.999  # decay of the averaged weights per step, warmed up; 0: no averaging
     clip_loss: bool = True  # blacker than black or whiter than white costs nothing, as drawing clips it
-    label_dropout: Share = 0.1  # share of images trained without their label
+    focus: Share = 0.7  # share of each batch at the noise levels where a digit takes shape; 0: all alike (2006.11239)
+    label_dropout: Share = 0.05  # share of images trained without their label
     preview: Annotated[int, Ge(0), Le(1024)] = 64  # images in each preview grid during training; 0: none
     fresh: bool = False  # start over; the old checkpoint is kept under another name
     same_code: bool = False  # go on with a run although the code was edited since: a comment, a rename

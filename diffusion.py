@@ -17,6 +17,7 @@ from config import NO_LABEL, DiffusionConfig, UserError
 Network = Callable[[Tensor, Tensor, Tensor], Tensor]
 Denoiser = Callable[[Tensor, int], Tensor]
 MIN_SNR_GAMMA = 5.0  # arXiv 2303.09556, section 3.4
+FOCUS = (0.1, 0.65)  # alpha_bar between which a digit takes its shape; cosine schedule, T = 1000: 398 < t <= 793
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,6 +46,11 @@ class NoiseSchedule:
     @cached_property
     def snr(self) -> Tensor:  # alpha_t^2 / sigma_t^2, infinite at t = 0
         return self.alpha_bar / (1 - self.alpha_bar)
+
+    @property
+    def focus(self) -> tuple[int, int]:  # low < t <= high lie in FOCUS
+        high, low = (int((self.alpha_bar[1:] > edge).sum()) for edge in FOCUS)
+        return low, high
 
     def at(self, values: Tensor, t: Tensor) -> Tensor:
         """Float32 values of per-timestep constants at t [B], broadcast over images: [B, 1, 1, 1] on t's device."""
@@ -141,13 +147,17 @@ def diffusion_loss(network: Network, schedule: NoiseSchedule, x0: Tensor, labels
     return schedule.at(loss_weights(schedule), t).flatten() * error.square().flatten(1).mean(1)
 
 
-def stratified_timesteps(timesteps: int, batch_size: int, offset: Tensor) -> Tensor:
-    """t int64 [B] in 1..T, evenly spaced from one random offset in [0, 1), so that a batch covers all noise levels.
+def stratified_timesteps(timesteps: int, batch_size: int, offset: Tensor, share: float = 0.0,
+                         focus: tuple[int, int] = (0, 0)) -> Tensor:
+    """t int64 [B] in 1..T from one random offset in [0, 1): a share of them at low < t <= high, the rest at any level.
 
-    With a uniform offset, t of an image picked at random is uniform (after arXiv 2107.00630, appendix I.1).
+    Both are evenly spaced, so that a batch covers its noise levels (after arXiv 2107.00630, appendix I.1). With a
+    uniform offset, t of an image picked at random is uniform within each.
     """
     u = (torch.arange(batch_size, device=offset.device) + offset) / batch_size
-    return (u * timesteps).long().clamp(max=timesteps - 1) + 1
+    low, high = focus
+    t = torch.where(u < share, low + (high - low) * u / share, timesteps * (u - share) / (1 - share))
+    return t.long().clamp(0, timesteps - 1) + 1
 
 
 def make_denoiser(network: Network, schedule: NoiseSchedule, labels: Tensor, guidance: float = 1.0,

@@ -188,16 +188,16 @@ def learner(run: Run) -> Callable[..., Tensor]:
     launches the step and does not wait for it, and on a GPU it is one launch, so that no Python below runs after the
     first steps: what changes from step to step has to come in as a tensor.
     """
-    options, runtime, digits = run.config.train, run.runtime, run.train
+    options, runtime, digits, schedule = run.config.train, run.runtime, run.train, run.schedule
     ours: nn.Module = run.network if runtime.world == 1 else DistributedDataParallel(run.network)
     forward = compiled(ours, runtime)
-    share = slice(runtime.rank, None, runtime.world)
+    share, focus = slice(runtime.rank, None, runtime.world), schedule.focus
 
     def learn(indices: Tensor, uniform: Tensor, noise: Tensor, gain: Tensor) -> Tensor:
-        t = stratified_timesteps(run.schedule.timesteps, options.batch_size, uniform[:1])[share]
+        t = stratified_timesteps(schedule.timesteps, options.batch_size, uniform[:1], options.focus, focus)[share]
         labels = digits.labels[indices].masked_fill(uniform[1:] < options.label_dropout, NO_LABEL)[share]
         with runtime.autocast():
-            losses = diffusion_loss(forward, run.schedule, to_unit(digits.images[indices[share]]), labels, t,
+            losses = diffusion_loss(forward, schedule, to_unit(digits.images[indices[share]]), labels, t,
                                     noise[share], options.clip_loss)
         # DistributedDataParallel averages over processes; the shares of the batch may differ by one image.
         loss = losses.sum() * (runtime.world / options.batch_size)

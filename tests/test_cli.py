@@ -44,6 +44,7 @@ BAD_FLAGS = [
     (["--ema", "1"], "--ema 1"),
     (["--ema", "-0.1"], "--ema -0.1"),
     (["--label-dropout", "1.1"], "--label-dropout 1.1"),
+    (["--focus", "-0.1"], "--focus -0.1"),
     (["--optimizer", "sgd"], "--optimizer"),
     (["--preview", "-1"], "--preview -1"),
     (["--channels", "0", "32", "64"], "--channels 0 32 64"),

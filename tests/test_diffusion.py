@@ -386,6 +386,28 @@ def test_stratified_timesteps_are_uniform_over_offsets():
     torch.testing.assert_close(counts[1:] / counts.sum(), torch.full((timesteps,), 0.1), rtol=2e-3, atol=0)
 
 
+@pytest.mark.parametrize("share", [0.0, 0.25, 0.7, 1.0])
+def test_a_share_of_the_batch_has_the_levels_in_focus(share):
+    batch_size, offsets = 40, 50
+    counts = torch.zeros(101, dtype=torch.float64)
+    for i in range(offsets):
+        t = stratified_timesteps(100, batch_size, torch.tensor((i + 0.5) / offsets), share, (35, 90))
+        counts += torch.bincount(t, minlength=101)
+    expected = torch.full((101,), (1 - share) / 100, dtype=torch.float64)
+    expected[0], expected[36:91] = 0, (1 - share) / 100 + share / 55
+    torch.testing.assert_close(counts / (batch_size * offsets), expected, rtol=0, atol=2e-3)
+
+
+@pytest.mark.parametrize("name, low, high", [("cosine", 398, 793), ("linear", 203, 475)])
+def test_the_focus_is_a_matter_of_noise_not_of_the_schedule(name, low, high):
+    schedule = make_schedule(DiffusionConfig(schedule=name))
+    assert schedule.focus == (low, high)
+    assert schedule.alpha_bar[low] > 0.65 >= schedule.alpha_bar[low + 1]
+    assert schedule.alpha_bar[high] > 0.1 >= schedule.alpha_bar[high + 1]
+    few = make_schedule(DiffusionConfig(timesteps=2))  # where no level lies in it
+    assert set(stratified_timesteps(2, 8, torch.tensor(0.5), 0.7, few.focus).tolist()) <= {1, 2}
+
+
 class Recorder:
     """A network that keeps its inputs and answers with a function of them."""
 
