@@ -91,7 +91,7 @@ class SampleConfig:
     spacing: Literal["trailing", "eased", "edm"] = "eased"  # of the steps: evenly, closer at both ends, or EDM's
     eta: Share = 0.0  # ddim: noise added in each step, 0 (none) to 1 (as ddpm)
     variance: Literal["posterior", "upper"] = "posterior"  # ddpm: beta-tilde or beta (2006.11239, section 3.2)
-    guidance: Annotated[float, Ge(0), Le(100)] = 1.9  # x0 = free + guidance * (labelled - free) (2207.12598); 1: off
+    guidance: Annotated[float, Ge(0), Le(100)] = 1.7  # x0 = free + guidance * (labelled - free) (2207.12598); 1: off
     guidance_interval: tuple[Timestep, Timestep] | None = (450, 600)  # where guided, first < t <= second (2404.07724)
     digits: Asked | None = None  # digits to draw, cycled ("7", "0123456789"), or "none"; unset: as in the data
     write: Written | None = None  # a number to write in one line, such as 20261123, into number.png

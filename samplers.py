@@ -17,7 +17,7 @@ from diffusion import Denoiser, NoiseSchedule, posterior, transition_variance
 
 Steps = Iterator[tuple[int, Tensor, Tensor]]
 Randn = Callable[[], Tensor]
-EASE = 0.5  # share of the Chebyshev nodes in the spacing "eased"
+EASE = 0.25  # share of the Chebyshev nodes in the spacing "eased"
 EDM_RHO, EDM_HIGHEST = 7, 20.0  # of the spacing "edm"; sigma / alpha above which the data hardly shows
 
 
@@ -34,7 +34,7 @@ def spaced_timesteps(timesteps: int, steps: int) -> list[int]:
 def timesteps_of(schedule: NoiseSchedule, steps: int, spacing: str = "trailing") -> list[int]:
     """Descending integers from T to 0, length steps + 1, spaced in one of three ways; raises UserError as above.
 
-    "trailing": evenly. "eased": closer together at both ends, half way to the Chebyshev nodes.
+    "trailing": evenly. "eased": closer together at both ends, a quarter of the way to the Chebyshev nodes.
     "edm": from T to sigma_t / alpha_t = 20, and on to t = 1 as arXiv 2206.00364, eq. 5, spaces it.
     """
     last = schedule.timesteps
