@@ -9,6 +9,7 @@ import json
 import shlex
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from torch import Tensor
@@ -17,7 +18,6 @@ import config as configs
 import dataset
 from config import CLASSES, RESERVED, Config, UserError
 from drawing import Order, Trained, draw, guided, load_trained, origin
-from samplers import spaced_timesteps
 from support import checkpoint, plots
 from support.files import make_folder, write_atomically
 from support.runtime import Clock, Runtime, to_uint8
@@ -41,13 +41,13 @@ class Side:
 def run(config: Config, runtime: Runtime) -> None:
     """Draws both sides, measures them alike, and says of each measure whether b is better than a."""
     clock = Clock(runtime)
-    if config.compare.runs is None:
+    if config.evaluate.runs is None:
         raise UserError("--mode compare: it needs two sides; add --runs A B, such as --runs pretrained mine")
     count = config.sample.num_images or 10_000
     fewest = 100 * FEWEST_BLOCKS
     if count < fewest:
         raise UserError(f"--num-images {count}: an interval takes at least {fewest:,} images; draw more")
-    a, b = sides = [load_side(text, config, count, runtime) for text in config.compare.runs]
+    a, b = sides = [load_side(text, config, count, runtime) for text in config.evaluate.runs]
     data = require_comparable(sides)
     if config.dataset == "auto" and data.get("name") in (*dataset.SOURCES, "generated"):
         config = replace(config, dataset=data["name"])
@@ -103,7 +103,6 @@ def load_side(text: str, config: Config, count: int, runtime: Runtime) -> Side:
     for name in names.split(","):
         found = load_trained(replace(own, sample=replace(own.sample, checkpoint=checkpoint_of(name, text))), runtime)
         options = guided(own.sample, found, runtime)
-        spaced_timesteps(found.schedule.timesteps, options.steps)
         trained.append(found)
         orders.append(Order(options, config.seed, range(count), found.labels(options.digits, config.seed, count)))
     if len({found.digest for found in trained}) < len(trained):
@@ -129,11 +128,10 @@ def require_comparable(sides: list[Side]) -> dict[str, Any]:
     everything = [(side, trained) for side in sides for trained in side.trained]
     side, first = everything[0]
     for other, trained in everything[1:]:
-        for what, key in (("classes", "classes"), ("images", "digest")):
-            if trained.data.get(key) != first.data.get(key):
-                names = f"{first.data.get('name')} and {trained.data.get('name')}"
-                raise UserError(f"--runs: '{side.name}' and '{other.name}' were trained on other {what} ({names}), so "
-                                "nothing they draw compares; name runs of one data set")
+        if trained.data.get("digest") != first.data.get("digest"):
+            names = f"{first.data.get('name')} and {trained.data.get('name')}"
+            raise UserError(f"--runs: '{side.name}' and '{other.name}' were trained on other images ({names}), so "
+                            "nothing they draw compares; name runs of one data set")
     return first.data
 
 
@@ -145,27 +143,24 @@ def differences(a: Side, b: Side) -> list[str]:
     drawing = [f"{name} is {ours[name]}, and {theirs[name]}" for name in ours if ours[name] != theirs[name]]
     code = [trained.history.get("code", {}) for trained in (one, other)]
     files = [name for name in {**code[0], **code[1]} if code[0].get(name) != code[1].get(name)]
-    lines = [f"a: {a.name} ({effort(a)})", f"b: {b.name} ({effort(b)})",
-             f"Settings in which they differ, a's and b's: {'; '.join(settings + drawing) or 'none'}."]
+    lines = []
+    for letter, side in (("a", a), ("b", b)):
+        many, (images, seconds) = f"{len(side.trained)} trainings of " * (len(side.trained) > 1), effort(side)
+        lines.append(f"{letter}: {side.name} ({many}{images:,.0f} images, {seconds / 60:.1f} minutes)")
+    lines.append(f"Settings in which they differ, a's and b's: {'; '.join(settings + drawing) or 'none'}.")
     if files:
         lines.append(f"Code in which they differ: {', '.join(files) if all(code) else 'not recorded for one of them'}.")
-    for what, values in (("see as many images", images_seen(a, b)), ("train for as long", seconds(a, b))):
-        if abs(values[1] / max(values[0], 1e-9) - 1) > ALIKE and one.digest != other.digest:
-            lines.append(f"note: they did not {what}: b has {values[1] / max(values[0], 1e-9):.2f} times a's.")
+    for what, own, its in zip(("see as many images", "train for as long"), effort(a), effort(b)):
+        ratio = its / max(own, 1e-9)
+        if abs(ratio - 1) > ALIKE and one.digest != other.digest:
+            lines.append(f"note: they did not {what}: b has {ratio:.2f} times a's.")
     return lines
 
 
-def images_seen(*sides: Side) -> list[float]:
-    return [sum(t.step * t.config.train.batch_size for t in side.trained) / len(side.trained) for side in sides]
-
-
-def seconds(*sides: Side) -> list[float]:
-    return [sum(t.history.get("seconds", 0.0) for t in side.trained) / len(side.trained) for side in sides]
-
-
-def effort(side: Side) -> str:
-    many = f"{len(side.trained)} trainings of " if len(side.trained) > 1 else ""
-    return f"{many}{images_seen(side)[0]:,.0f} images, {seconds(side)[0] / 60:.1f} minutes"
+def effort(side: Side) -> tuple[float, float]:
+    """Images seen and seconds of a training."""
+    return (fmean(trained.step * trained.config.train.batch_size for trained in side.trained),
+            fmean(trained.history.get("seconds", 0.0) for trained in side.trained))
 
 
 def table(found: list[Verdict], floor: Row, count: int) -> str:
@@ -174,16 +169,13 @@ def table(found: list[Verdict], floor: Row, count: int) -> str:
     for verdict in found:
         m = verdict.measure
         show = m.form.format
-        ends = [signed(show, end) for end in (verdict.low, verdict.high) if end is not None]
+        change = m.form.replace(":", ":+").format
+        ends = [change(end) for end in (verdict.low, verdict.high) if end is not None]
         real = show(floor.values[m.key]) if m.key in floor.values else ""
         name = f"{m.heading} (decides)" if m.key == HEADLINE else m.heading
-        change = signed(show, verdict.b - verdict.a)
-        lines.append([name, show(verdict.a), show(verdict.b), change, " to ".join(ends), real, verdict.word])
+        lines.append([name, show(verdict.a), show(verdict.b), change(verdict.b - verdict.a), " to ".join(ends), real,
+                      verdict.word])
     return aligned(lines)
-
-
-def signed(show: Any, value: float) -> str:
-    return ("+" if value >= 0 else "") + show(value)
 
 
 def conclusion(a: Side, b: Side, rows: list[list[Row]], found: list[Verdict]) -> str:
@@ -219,8 +211,7 @@ def write(folder: Path, sides: list[Side], rows: list[list[Row]], found: list[Ve
     report = {"sides": [{"name": side.name, "networks": networks(side, own)} for side, own in zip(sides, rows)],
               "verdicts": {v.measure.key: {"a": v.a, "b": v.b, "interval": [v.low, v.high], "p": v.p, "verdict": v.word}
                            for v in found}}
-    text = json.dumps(report, indent=1)
-    write_atomically(folder / "compare.json", lambda file: file.write(text.encode()))
+    write_atomically(folder / "compare.json", lambda file: file.write(json.dumps(report, indent=1).encode()))
     apart = (pictures[0].float() - pictures[1].float()).square().flatten(1).sum(1)
     first = apart.argsort(descending=True)[:SHOWN]
     intervals = [(v.measure.heading, v.a, v.b, v.low, v.high, v.word) for v in found]

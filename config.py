@@ -100,17 +100,11 @@ class SampleConfig:
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    """evaluate: what is measured"""
+    """evaluate and compare: what is measured"""
 
     bound: bool = False  # also the variational bound on the likelihood, in bits per pixel
     sweep: bool = False  # every sampler at several step counts instead: sweep.png and sweep.csv
-
-
-@dataclass(frozen=True)
-class CompareConfig:
-    """compare: did a change help?"""
-
-    # Two sides, each a run's name, a checkpoint, "pretrained", or several runs a,b,c; with drawing flags in quotes.
+    # compare: two sides, each a run's name, a checkpoint, "pretrained", or runs a,b,c; with drawing flags in quotes
     runs: tuple[str, str] | None = None
 
 
@@ -132,10 +126,10 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
-    compare: CompareConfig = field(default_factory=CompareConfig)
 
 
-GROUPS = ("model", "diffusion", "train", "sample", "evaluate", "compare")
+ADAPTER = TypeAdapter(Config)
+GROUPS = ("model", "diffusion", "train", "sample", "evaluate")
 STORED = ("dataset", "seed", "precision", "model", "diffusion", "train")  # what a checkpoint keeps of its config
 # Training does not depend on these, so a run that is continued may have others.
 FREE = ("epochs", "minutes", "preview", "fresh", "same_code")
@@ -202,40 +196,26 @@ def from_stored(values: Any) -> tuple[Config, list[str]]:
 
     Raises UserError for anything else than the settings of such a run.
     """
-    wanted = stored(Config())
     if not isinstance(values, dict) or not all(isinstance(values.get(name, {}), dict) for name in GROUPS):
         raise UserError("its settings are not as this project stores them; use another file, or train again")
-    unknown, lacking, complete = [], [], {}
-    for name, default in wanted.items():
-        given = values.get(name, {} if isinstance(default, dict) else default)
-        if isinstance(default, dict):
-            unknown += sorted(given.keys() - default.keys())
-            lacking += sorted(default.keys() - given.keys() - set(FREE))
-            given = {**default, **given}
-        elif name not in values:
-            lacking.append(name)
-        complete[name] = given
-    unknown += sorted(values.keys() - wanted.keys())
-    if unknown:
+    theirs, ours = _flat(values), _flat(stored(Config()))
+    if unknown := sorted(theirs.keys() - ours.keys()):
         raise UserError(f"it has settings that this version does not know ({', '.join(map(repr, unknown)):.200}): "
                         "use the version that wrote it, or train again")
-    return validate(_checked({**_plain(Config()), **complete})), lacking
+    return validate(_checked(values)), [name for name in ours if name not in theirs and name not in FREE]
 
 
 def differences(saved: Config, wanted: Config) -> list[str]:
     """The settings on which training depends and that are not the same, each with both values."""
-    def flat(config: Config) -> dict[str, Any]:
-        values = stored(config)
-        return {**values, **values.pop("model"), **values.pop("diffusion"), **values.pop("train")}
-
-    before, now = flat(saved), flat(wanted)
+    before, now = _flat(stored(saved)), _flat(stored(wanted))
     return [f"{name.replace('_', '-')} was {before[name]}, now {now[name]}" for name in now
-            if name not in (*FREE, "model", "diffusion", "train") and before[name] != now[name]]
+            if name not in FREE and before[name] != now[name]]
 
 
-@functools.cache
-def _adapter() -> TypeAdapter[Config]:
-    return TypeAdapter(Config)
+def _flat(values: dict[str, Any]) -> dict[str, Any]:
+    """Knobs by name, without their groups: no two have the same."""
+    inner = {name: value for group in GROUPS for name, value in values.get(group, {}).items()}
+    return {name: value for name, value in values.items() if name not in GROUPS} | inner
 
 
 def _plain(config: Config) -> dict[str, Any]:
@@ -246,7 +226,7 @@ def _plain(config: Config) -> dict[str, Any]:
 def _checked(values: dict[str, Any]) -> Config:
     """A Config of plain values, by its annotations alone, strictly: "3" is no number, and True is no 1."""
     try:
-        return _adapter().validate_json(json.dumps(values), strict=True)
+        return ADAPTER.validate_json(json.dumps(values), strict=True)
     except ValidationError as error:
         first = error.errors()[0]
         names = [part for part in first["loc"] if isinstance(part, str)][:2 if first["loc"][0] in GROUPS else 1]

@@ -22,7 +22,7 @@ from dataset import NOTICE
 from diffusion import Network, NoiseSchedule, make_denoiser
 from model import UNet
 from samplers import SAMPLERS, spaced_timesteps, timesteps_of
-from support import checkpoint, plots
+from support import checkpoint
 from support.runtime import Captured, Runtime, generator, to_uint8
 
 NOISE_STREAM, DIGIT_STREAM = 2, 3  # of random numbers; train.py owns stream 1
@@ -69,26 +69,20 @@ class Order:
 
 @dataclass
 class Trace:
-    """What `draw` saw on the way, in the chunk of image 0: the first images' states, and each step's verdict."""
+    """What `draw` saw on the way, in the chunk of image 0: the first images' states."""
 
     timesteps: list[int] = field(default_factory=list)
     states: list[Tensor] = field(default_factory=list)  # uint8 [SHOWN, 1, 28, 28] each, from pure noise on
-    problems: list[str | None] = field(default_factory=list)  # of x0_hat after each step; None: looks like data
 
-    def see(self, t: int, x: Tensor, x0_hat: Tensor | None) -> None:
+    def see(self, t: int, x: Tensor) -> None:
         self.timesteps.append(t)
         self.states.append(to_uint8(x[:SHOWN]).cpu())
-        if x0_hat is not None:
-            self.problems.append(plots.looks_broken(to_uint8(x0_hat).cpu()))
 
 
 def load_trained(config: Config, runtime: Runtime) -> Trained:
     """The network of the checkpoint that config means; what that file says of itself decides everything about it."""
     path = checkpoint.find(configs.run_name(config), config.sample.checkpoint)
-    state: dict[str, Any] = {}
-    digests = runtime.everywhere(lambda: state.update(checkpoint.load(path)) or state["digest"])
-    if len(set(digests)) > 1:
-        raise UserError(f"{path}: a training run wrote it while the processes read it; try again")
+    state = runtime.only_first(lambda: checkpoint.load(path))
     try:
         stored, lacking = configs.from_stored(state["config"])
     except UserError as error:
@@ -120,8 +114,10 @@ def announce(trained: Trained, config: Config, runtime: Runtime) -> None:
 def guided(options: SampleConfig, trained: Trained, runtime: Runtime) -> SampleConfig:
     """The options, with guidance 1 where there is nothing to guide, and 0, without labels, where none was learned.
 
-    The default interval is that of 1,000 noise levels, and scaled to others.
+    The default interval is that of 1,000 noise levels, and scaled to others. Raises UserError for an impossible number
+    of steps.
     """
+    spaced_timesteps(trained.schedule.timesteps, options.steps)
     dropout, default = trained.config.train.label_dropout, SampleConfig.guidance_interval
     if default is not None and options.guidance_interval == default:
         low, high = (round(t * trained.schedule.timesteps / 1000) for t in default)
@@ -174,7 +170,6 @@ def draw(trained: Trained, order: Order, runtime: Runtime, trace: Trace | None =
     Image i takes slot i % chunk of a chunk whose other slots may be empty. Chunks are shared out among processes.
     Raises UserError for a number of steps that the schedule doesn't have, and if a state stops being finite.
     """
-    steps = len(spaced_timesteps(trained.schedule.timesteps, order.options.steps)) - 1
     chunks: dict[int, list[int]] = {}  # chunk number -> positions in order.indices
     for position, index in enumerate(order.indices):
         chunks.setdefault(index // runtime.chunk, []).append(position)
@@ -184,14 +179,14 @@ def draw(trained: Trained, order: Order, runtime: Runtime, trace: Trace | None =
         trained = replace(trained, network=_graphed(trained.network))
 
     def draw_mine() -> list[tuple[list[int], Any]]:
-        bar = tqdm(total=len(mine) * steps, desc="drawing", unit="step", leave=False,
+        bar = tqdm(total=len(mine) * (1 + order.options.steps), desc="drawing", unit="step", leave=False,
                    disable=not (progress and runtime.first))
         with bar, torch.inference_mode(), runtime.autocast():
             for number, positions in mine:
-                def watch(t: int, x: Tensor, x0_hat: Tensor | None, traced: bool = number == 0) -> None:
+                def watch(t: int, x: Tensor, traced: bool = number == 0) -> None:
                     if trace is not None and traced:
-                        trace.see(t, x, x0_hat)
-                    bar.update(x0_hat is not None)
+                        trace.see(t, x)
+                    bar.update()
 
                 images[positions] = _draw_chunk(trained, order.part(positions), runtime, watch)
         return [(positions, images[positions].numpy()) for _, positions in mine]
@@ -202,8 +197,8 @@ def draw(trained: Trained, order: Order, runtime: Runtime, trace: Trace | None =
 
 
 def _draw_chunk(trained: Trained, order: Order, runtime: Runtime,
-                watch: Callable[[int, Tensor, Tensor | None], None]) -> Tensor:
-    """The images of one chunk [N, 1, 28, 28]; watch(t, x, x0_hat) sees them at the start and after each step."""
+                watch: Callable[[int, Tensor], None]) -> Tensor:
+    """The images of one chunk [N, 1, 28, 28]; watch(t, x) sees them at the start and after each step."""
     generators = [generator("cpu", order.seed, NOISE_STREAM, index) for index in order.indices]
     slots = torch.tensor([index % runtime.chunk for index in order.indices])
     labels = torch.full((runtime.chunk,), NO_LABEL).index_copy(0, slots, order.labels).to(runtime.device)
@@ -216,13 +211,14 @@ def _draw_chunk(trained: Trained, order: Order, runtime: Runtime,
     options, schedule = order.options, trained.schedule
     timesteps = timesteps_of(schedule, options.steps, options.spacing)
     denoise = make_denoiser(trained.network, schedule, labels, options.guidance, options.guidance_interval)
+    own: dict[str, dict[str, Any]] = {"ddim": {"eta": options.eta}, "ddpm": {"variance": options.variance}}
     x = randn()
-    watch(timesteps[0], x[slots], None)
-    for s, x, x0_hat in SAMPLERS[options.sampler](denoise, schedule, x, timesteps, randn, **solver_options(options)):
+    watch(timesteps[0], x[slots])
+    for s, x, _ in SAMPLERS[options.sampler](denoise, schedule, x, timesteps, randn, **own.get(options.sampler, {})):
         if not torch.isfinite(x).all():
             raise UserError(f"the images stopped being finite at t = {s} of {timesteps[0]} ({options.sampler}, "
                             f"{options.steps} steps): try --precision fp32, a lower --guidance or another checkpoint")
-        watch(s, x[slots], x0_hat[slots])
+        watch(s, x[slots])
     return x[slots].float().cpu()
 
 
@@ -248,9 +244,3 @@ def evaluations(schedule: NoiseSchedule, options: SampleConfig) -> int:
     low, high = options.guidance_interval or (0, schedule.timesteps)
     times = timesteps_of(schedule, options.steps, options.spacing)[:-1]
     return len(times) + (sum(low < t <= high for t in times) if options.guidance != 1 else 0)
-
-
-def solver_options(options: SampleConfig) -> dict[str, Any]:
-    """The keywords that only one sampler has."""
-    own: dict[str, dict[str, Any]] = {"ddim": {"eta": options.eta}, "ddpm": {"variance": options.variance}}
-    return own.get(options.sampler, {})

@@ -19,7 +19,7 @@ import dataset
 from config import Config, UserError
 from drawing import Order, Trained, announce, draw, guided, load_trained, origin
 from likelihood import Likelihood, bound, bound_images
-from samplers import SAMPLERS, spaced_timesteps
+from samplers import SAMPLERS
 from support import plots
 from support.files import make_folder, write_atomically
 from support.runtime import Clock, Runtime, to_uint8
@@ -41,8 +41,6 @@ def run(config: Config, runtime: Runtime) -> None:
     trained = load_trained(config, runtime)
     config = dataset.resolve(replace(config, sample=guided(config.sample, trained, runtime)), runtime)
     options = config.sample
-    if not config.evaluate.sweep:
-        spaced_timesteps(trained.schedule.timesteps, options.steps)  # an impossible number is answered now
     train, test = (dataset.load_shared(config, split, runtime) for split in ("train", "test"))
     folder = make_folder(Path("results") / configs.run_name(config))
     announce(trained, config, runtime)
@@ -93,8 +91,7 @@ def measure_all(trained: Trained, order: Order, yardstick: Yardstick | None, lik
     if likelihood is not None:
         print(explain_bound(likelihood, len(bound_images(yardstick.test))))
         report["bound"] = asdict(likelihood)
-    text = json.dumps(report, indent=1)
-    write_atomically(folder / "metrics.json", lambda file: file.write(text.encode()))
+    write_atomically(folder / "metrics.json", lambda file: file.write(json.dumps(report, indent=1).encode()))
     save_pictures(folder, images, row, yardstick, likelihood, source)
     runtime.barrier()
     pictures = ["evaluation.png", "neighbours.png"] if yardstick.extractor else ["neighbours.png"]

@@ -1,8 +1,6 @@
 """What a run says and writes down on its way: metrics.csv, the test loss by noise level, loss.png, previews."""
 
-import csv
 import functools
-import io
 import math
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -78,11 +76,9 @@ def record(run: "Run") -> None:
         draw_preview(run)
 
     def write() -> None:
-        text = io.StringIO()
-        writer = csv.writer(text)
-        writer.writerow(columns)
-        writer.writerows(zip(*columns.values()))
-        write_atomically(run.results / "metrics.csv", lambda file: file.write(text.getvalue().encode()))
+        table = np.array(list(columns.values()), float).T
+        write_atomically(run.results / "metrics.csv", lambda file: np.savetxt(
+            file, table, "%.10g", ",", header=",".join(columns), comments=""))
         plots.save_losses(run.results / "loss.png", columns, shipped_losses(run.config),
                           {"config": str(run.config.diffusion)}, epoch_size=count)
 

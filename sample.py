@@ -11,7 +11,6 @@ from torch import Tensor
 import config as configs
 from config import Config
 from drawing import Order, Trace, Trained, announce, draw, evaluations, guided, load_trained, origin
-from samplers import spaced_timesteps
 from support import checkpoint, plots
 from support.files import make_folder, write_atomically
 from support.runtime import Clock, Runtime, to_uint8
@@ -43,7 +42,6 @@ def write_samples(trained: Trained, config: Config, runtime: Runtime, clock: Clo
     if options.write is not None:
         options = replace(options, digits=options.write)
     options = guided(options, trained, runtime)
-    spaced_timesteps(trained.schedule.timesteps, options.steps)  # an impossible number is answered before any work
     folder = Path("results") / configs.run_name(config)
     runtime.only_first(lambda: make_folder(folder))
     indices = range(len(options.write) if options.write is not None else options.num_images or 256)
@@ -72,7 +70,8 @@ def write_pictures(folder: Path, images: Tensor, order: Order, trace: Trace, tra
                        [trace.timesteps[i] for i in kept], source)
     frames = spread_out(len(trace.states), FRAMES)
     plots.save_animation(folder / "process.gif", torch.stack([trace.states[i] for i in frames]), source)
-    save_arrays(folder / "samples.npz", images, order.labels)
+    arrays = images.permute(0, 2, 3, 1).numpy(), order.labels.numpy()  # in the convention of OpenAI's evaluators
+    write_atomically(folder / "samples.npz", lambda file: np.savez(file, *arrays))
     return [folder / name for name in ("sample.png", "process.png", "process.gif", "samples.npz")]
 
 
@@ -87,12 +86,5 @@ def warn_if_broken(images: Tensor, trace: Trace, data: dict[str, Any]) -> None:
     problem = plots.looks_broken(images, **statistics)
     if problem is None:
         return
-    good = [i for i, seen in enumerate(trace.problems) if seen is None]
-    first_bad = trace.timesteps[good[-1] + 1 if good else 0] if trace.timesteps else None
-    print(f"WARNING: these images do not look like digits ({problem}; the estimate of x0 is bad from t = {first_bad} "
-          "on). Has the network been trained long enough, with a loss that fell?")
-
-
-def save_arrays(path: Path, images: Tensor, labels: Tensor) -> None:
-    """samples.npz in the convention of OpenAI's evaluators: arr_0 uint8 [N, 28, 28, 1], arr_1 labels."""
-    write_atomically(path, lambda file: np.savez(file, images.permute(0, 2, 3, 1).numpy(), labels.numpy()))
+    print(f"WARNING: these images do not look like digits ({problem}). Has the network been trained long enough, with "
+          "a loss that fell?")

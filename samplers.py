@@ -90,7 +90,10 @@ def dpmpp(denoise: Denoiser, schedule: NoiseSchedule, x: Tensor, timesteps: Sequ
     previous: tuple[int, Tensor] | None = None
     for t, s in pairwise(timesteps):
         x0_hat = denoise(x, t)
-        aim = x0_hat if order == 1 else _extrapolated(schedule, x0_hat, previous, t, s)
+        aim = x0_hat
+        if order > 1 and previous is not None and s > 0:  # along a line in log-SNR, to the middle of the step
+            r_inverse = _log_snr_step(schedule, t, s) / _log_snr_step(schedule, previous[0], t)
+            aim = x0_hat + r_inverse / 2 * (x0_hat - previous[1])  # x0_hat itself after infinite noise
         x = _exponential_step(schedule, x, aim, t, s)
         previous = t, x0_hat
         yield s, x, x0_hat
@@ -172,15 +175,6 @@ def _moments(z: float, count: int) -> Tensor:
     for i in range(1, count + 1):
         phi.append((phi[-1] - 1 / math.factorial(i)) / z)
     return torch.tensor([math.factorial(i) * phi[i] / phi[0] for i in range(1, count + 1)], dtype=torch.float64)
-
-
-def _extrapolated(schedule: NoiseSchedule, x0_hat: Tensor, previous: tuple[int, Tensor] | None, t: int,
-                  s: int) -> Tensor:
-    """x0_hat continued along a line in log-SNR from the previous (t, x0_hat) to the middle of the step from t to s."""
-    if previous is None or s == 0:
-        return x0_hat
-    r_inverse = _log_snr_step(schedule, t, s) / _log_snr_step(schedule, previous[0], t)  # 0 after infinite noise
-    return x0_hat + r_inverse / 2 * (x0_hat - previous[1])
 
 
 def _log_snr_step(schedule: NoiseSchedule, t: int, s: int) -> float:

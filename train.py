@@ -31,7 +31,7 @@ from samplers import spaced_timesteps
 from support import checkpoint
 from support.files import lock, make_folder
 from support.optimizer import Optimizer, learning_rate, update_average
-from support.runtime import Captured, Runtime, StopSignals, compiled, generator, seed_of, to_unit
+from support.runtime import Captured, Runtime, compiled, generator, seed_of, stop_signals, to_unit
 
 TRAIN_STREAM, DROPOUT_STREAM = 1, 9  # of random numbers; see drawing.py, record.py and others for the rest
 SAVE_SECONDS = 30.0  # from one checkpoint to the next: what a kill costs
@@ -131,12 +131,12 @@ def train(run: Run) -> int | None:
     bar = tqdm(total=run.length(options) if options.minutes is None else None, initial=run.step, unit="img",
                unit_scale=options.batch_size, disable=not runtime.first, dynamic_ncols=True, mininterval=0.5,
                smoothing=0.05)
-    with StopSignals() as stop, bar:
+    with stop_signals() as stop, bar:
         while True:
             run.history["seconds"] = seconds_before + time.perf_counter() - started
             now = time.perf_counter()
             progress, signal_number, save_now, read_now = runtime.highest(
-                run.progress(options), stop.received or 0, now - last_save > SAVE_SECONDS,
+                run.progress(options), stop[0] if stop else 0, now - last_save > SAVE_SECONDS,
                 now - last_read > READ_SECONDS)
             if progress >= 1 or signal_number:
                 break

@@ -1,9 +1,10 @@
 """Verdicts: is the difference between two sides, each of one network or of several trainings, more than luck?"""
 
 import math
+from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
-from support.statistics import deviation, holm, jackknife_error, mean, student_limit, student_p
+from support.statistics import holm, jackknife_error, student_limit, student_p
 from yardstick import MEASURES, OVERLAP, Measure, Row
 
 HEADLINE = "within"  # the one measure that decides a comparison
@@ -36,7 +37,7 @@ def verdicts(a: list[Row], b: list[Row], floor: Row, sets: int) -> list[Verdict]
     found: list[tuple[Verdict, float | None]] = []
     for measure in (m for m in MEASURES if all(m.key in row.values for row in (*a, *b))):
         points = [[scale(max(row.values[measure.key], 1e-9)) for row in side] for side in (a, b)]
-        mean_a, mean_b = map(mean, points)
+        mean_a, mean_b = map(fmean, points)
         if several:
             error, freedom = _between_trainings(points, measure.key)
         else:
@@ -90,7 +91,7 @@ def _between_trainings(points: list[list[float]], key: str) -> tuple[float | Non
     if min(map(len, points)) < FEWEST_RUNS:
         return (SPREAD[key] * pairs if key in SPREAD else None), math.inf
     freedom = sum(len(side) - 1 for side in points)
-    return math.sqrt(sum(deviation(side) ** 2 * (len(side) - 1) for side in points) / freedom) * pairs, freedom
+    return math.sqrt(sum(stdev(side) ** 2 * (len(side) - 1) for side in points) / freedom) * pairs, freedom
 
 
 def smallest_shown(a: list[Row], b: list[Row]) -> float:

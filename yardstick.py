@@ -8,6 +8,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
+from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
 import torch
@@ -18,10 +19,10 @@ from config import CLASSES, Config, UserError
 from dataset import MNIST_DIGEST, Digits, describe
 from drawing import BLOCK, choose_labels
 from support import metrics
-from support.extractor import SURE, Extractor, Features, extract, load_extractor, own_extractor
+from support.extractor import SURE, Extractor, extract, load_extractor, own_extractor
 from support.metrics import Moments
 from support.runtime import generator, to_uint8
-from support.statistics import deviation, jackknife_error, mean
+from support.statistics import jackknife_error
 
 FLOOR_STREAM = 7  # of random numbers; see train.py, drawing.py and likelihood.py for others
 FEWEST = 200  # real images (of a class, too), below which the covariance of 64 features says nothing
@@ -137,10 +138,10 @@ class Yardstick:
         for i, row in enumerate(rows):
             if self.extractor is not None:
                 row.values |= self._overlap(self.seen.features[self.sets[i]], self.radius[i], (i + 1) % len(rows))
-        floor = Row(classes={k: mean([row.classes[k] for row in rows]) for k in rows[0].classes})
+        floor = Row(classes={k: fmean(row.classes[k] for row in rows) for k in rows[0].classes})
         for key in rows[0].values:
             found = [row.values[key] for row in rows]
-            floor.values[key], floor.errors[key] = mean(found), deviation(found)
+            floor.values[key], floor.errors[key] = fmean(found), stdev(found)
         for space, (distances, _) in self.test_neighbours.items():  # a training image's nearest is itself
             floor.values[f"nearest_{space}"] = distances.median().item()
         return floor
@@ -176,7 +177,7 @@ class Yardstick:
         found = self._values(everything, counts, classes, references)
         row = Row(classes=dict(zip(classes.tolist(), found.pop("classes").tolist())),
                   values={key: value.item() for key, value in found.items() if not value.isnan()},
-                  histogram=metrics.class_histogram(seen.probabilities).tolist())
+                  histogram=torch.bincount(seen.probabilities.argmax(1), minlength=CLASSES).tolist())
         if blocks >= FEWEST_BLOCKS:
             rest = {key: everything[key] - part for key, part in by_block.items()}
             left_out = self._values(rest, counts, classes, references)
@@ -187,12 +188,13 @@ class Yardstick:
         return row
 
     def _see(self, images: Tensor, labels: Tensor) -> Seen:
-        found = (Features(torch.zeros(len(images), 1), torch.zeros(len(images), CLASSES)) if self.extractor is None
-                 else extract(self.extractor, images))
-        likeliest = found.probabilities.max(1)
+        features, probabilities = torch.zeros(len(images), 1), torch.zeros(len(images), CLASSES)
+        if self.extractor is not None:
+            features, probabilities = extract(self.extractor, images)
+        likeliest = probabilities.max(1)
         shares = (likeliest.values > SURE, likeliest.indices == labels, (images == 0).double().mean((1, 2, 3)),
                   images.double().mean((1, 2, 3)), self.ink[labels])
-        return Seen(labels, found.probabilities, found.features, metrics.texture_features(images),
+        return Seen(labels, probabilities, features, metrics.texture_features(images),
                     torch.stack([share.double() for share in shares], 1))
 
     def _sums(self, seen: Seen, blocks: int = 1) -> Sums:
@@ -220,8 +222,7 @@ class Yardstick:
     def _overlap(self, features: Tensor, radius: Tensor, real: int) -> dict[str, float]:
         """With the floor's set of that number."""
         theirs = self.seen.features[self.sets[real]]
-        found = metrics.precision_recall_coverage(theirs, features, self.radius[real], radius)
-        return {key: getattr(found, key) for key in OVERLAP}
+        return dict(zip(OVERLAP, metrics.precision_recall_coverage(theirs, features, self.radius[real], radius)))
 
     @cached_property
     def radius(self) -> list[Tensor]:

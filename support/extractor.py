@@ -6,7 +6,6 @@ The one for MNIST ships with the project; for other data one is trained by the s
 import json
 import math
 import os
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -61,20 +60,12 @@ class Extractor(nn.Module):
         return features, self.head(features)
 
 
-@dataclass(frozen=True)
-class Features:
-    """What the extractor says of N images."""
-
-    features: Tensor  # float32 [N, 64]
-    probabilities: Tensor  # float32 [N, 10]
-
-
 @torch.no_grad()
-def extract(extractor: Extractor, images: Tensor, batch: int = 500) -> Features:
-    """Features and class probabilities of uint8 images [N, 1, 28, 28], all on the CPU."""
+def extract(extractor: Extractor, images: Tensor, batch: int = 500) -> tuple[Tensor, Tensor]:
+    """Features float32 [N, 64] and class probabilities [N, 10] of uint8 images [N, 1, 28, 28], all on the CPU."""
     found = [extractor(to_unit(chunk).to(memory_format=torch.channels_last)) for chunk in images.split(batch)]
     features, logits = (torch.cat(parts) for parts in zip(*found))
-    return Features(features, logits.softmax(dim=1))
+    return features, logits.softmax(dim=1)
 
 
 def load_extractor(path: Path = EXTRACTOR) -> Extractor:
@@ -158,7 +149,7 @@ def augment(x: Tensor, random: torch.Generator) -> Tensor:
 
 def score(extractor: Extractor, images: Tensor, labels: Tensor) -> dict[str, float]:
     """Accuracy, share of images it is sure of, and mean negative log-likelihood in nats."""
-    probabilities = extract(extractor, images).probabilities
+    _, probabilities = extract(extractor, images)
     likeliest = probabilities.max(1)
     return {"accuracy": (likeliest.indices == labels).double().mean().item(),
             "sure": (likeliest.values > SURE).double().mean().item(),

@@ -5,7 +5,6 @@ Images are uint8 [N, 1, 28, 28]; statistics are taken in float64 on the CPU.
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -96,19 +95,12 @@ def texture_features(images: Tensor, batch: int = 1000) -> Tensor:
     return torch.cat(found)
 
 
-class Overlap(NamedTuple):
-    """How two sets of features overlap; every share is 1 at best."""
-
-    precision: float  # share of fakes within some real ball
-    recall: float  # share of reals within some fake ball
-    coverage: float  # share of real balls that hold a fake
-
-
 def precision_recall_coverage(real: Tensor, fake: Tensor, real_radius: Tensor, fake_radius: Tensor,
-                              block: int = 1000) -> Overlap:
-    """Overlap of features real [N, D] and fake [M, D], a ball around each point having its `radius`.
+                              block: int = 1000) -> tuple[float, float, float]:
+    """Shares, 1 at best, of features real [N, D] and fake [M, D], a ball around each point having its `radius`.
 
-    Precision and recall: arXiv 1904.06991, eq. 1 and 2; coverage: 2002.09797, eq. 4.
+    Precision: of fakes within some real ball; recall: of reals within some fake ball (arXiv 1904.06991, eq. 1 and 2);
+    coverage: of real balls that hold a fake (2002.09797, eq. 4).
     """
     real, fake = real.double(), fake.double()  # in float32, matrix products would blur small distances
     in_real = []
@@ -119,7 +111,8 @@ def precision_recall_coverage(real: Tensor, fake: Tensor, real_radius: Tensor, f
         in_real.append(inside.any(dim=1))
         covered |= inside.any(dim=0)
         in_fake |= (distance <= reach[:, None]).any(dim=0)
-    return Overlap(*(share.double().mean().item() for share in (torch.cat(in_real), in_fake, covered)))
+    precision, recall, coverage = (share.double().mean().item() for share in (torch.cat(in_real), in_fake, covered))
+    return precision, recall, coverage
 
 
 def radius(points: Tensor, k: int = 5, block: int = 1000) -> Tensor:
@@ -157,8 +150,3 @@ def memorisation(generated: Tensor, test: Tensor) -> dict[str, float]:
     return {"median": generated.median().item(), "test_median": test.median().item(),
             "ratio": (generated.median() / test.median()).item(),
             "share_closer": (generated < test.quantile(0.01)).double().mean().item()}
-
-
-def class_histogram(probabilities: Tensor) -> Tensor:
-    """Number of images of each likeliest class, int64 [10]."""
-    return torch.bincount(probabilities.argmax(dim=1), minlength=probabilities.shape[1])

@@ -209,24 +209,23 @@ def side_by_side(works: Sequence[Callable[[], Any]], device: torch.device) -> No
         here.wait_stream(stream)
 
 
-class StopSignals:
-    """Within the block, Ctrl-C and SIGTERM only set `received`; a second one ends the process at once."""
+@contextlib.contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """Within the block, Ctrl-C or SIGTERM is only noted in the list; a second one ends the process at once."""
+    received: list[int] = []
 
-    received: int | None = None
-
-    def __enter__(self) -> "StopSignals":
-        self._before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _handle(self, number: int, _frame: object) -> None:
-        if self.received is not None:
+    def note(number: int, _frame: object) -> None:
+        if received:
             os._exit(128 + number)  # saves are atomic, so nothing is lost
-        self.received = number
+        received.append(number)
         os.write(sys.stderr.fileno(), b"\nstopping after this step (once more: at once)\n")
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class Clock:

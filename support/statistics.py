@@ -19,14 +19,6 @@ def jackknife_error(left_out: Tensor) -> float:
     return ((left_out - left_out.mean()).square().sum() * (blocks - 1) / blocks).sqrt().item()
 
 
-def mean(values: list[float]) -> float:
-    return sum(values) / len(values)
-
-
-def deviation(values: list[float]) -> float:
-    return math.sqrt(sum((value - mean(values)) ** 2 for value in values) / (len(values) - 1))
-
-
 def student_p(t: float, freedom: float) -> float:
     """Two-sided p-value of Student's t; inf degrees of freedom: the normal distribution."""
     angle, below = _student(freedom)

@@ -232,7 +232,7 @@ def test_a_comparison_end_to_end(two: list[str], own_folder: Path, capsys: Captu
     (["one", "two --num-images 300"], "only how it is drawn"),
     (["one", "two --steps 7"], "--steps 7"),
     (["one", "two --stepps 7"], "--stepps"),
-    (["one", "pretrained"], "were trained on other classes"),
+    (["one", "pretrained"], "were trained on other images"),
     (["one", "two,two"], "the same weights twice"),
     (["one", "it's"], "quotes don't match"),
     (["one", ""], "there is no"),

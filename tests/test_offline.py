@@ -97,7 +97,7 @@ def test_the_weights_that_ship_draw_the_digits_asked_for(own_folder: Path) -> No
                  "--device", "cpu"]) == 0
     drawn = np.load("results/mnist/samples.npz")
     images = torch.from_numpy(drawn["arr_0"]).permute(0, 3, 1, 2)
-    probabilities = extract(load_extractor(), images).probabilities
+    _, probabilities = extract(load_extractor(), images)
     likeliest = probabilities.max(1)
     assert (likeliest.indices == torch.from_numpy(drawn["arr_1"])).double().mean() >= 0.94
     assert (likeliest.values > SURE).double().mean() >= 0.88

@@ -217,9 +217,9 @@ def test_weights_that_draw_nonsense_are_called_out(there: Path, capsys: Capture)
         return capsys.readouterr().out
 
     draw_with("x0", head_bias=-1)
-    assert "all black" in (output := said()) and "from t = 100 on" in output
+    assert "all black" in said()
     draw_with("v")  # x0_hat = alpha x_t
-    assert "static" in (output := said()) and "from t = 100 on" in output
+    assert "static" in said()
     pictures = {path: path.read_bytes() for path in Path("results/idx").iterdir()}
     draw_with("x0", stem_weight=3e38, norm_weight=1, head_weight=1)
     line = refused(SAMPLE, capsys)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from statistics import fmean, stdev
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from config import UserError
 from dataset import Digits
 from drawing import choose_labels
 from support.extractor import load_extractor
-from support.statistics import deviation, holm, jackknife_error, mean, student_limit, student_p
+from support.statistics import holm, jackknife_error, student_limit, student_p
 from tests.conftest import frechet_distance
 from verdict import SPREAD, smallest_shown, verdicts
 from yardstick import Row, Yardstick, floor_sets
@@ -79,9 +80,9 @@ def test_distances_are_to_the_images_outside_each_set(real: Yardstick, digits: D
         for k in by_class:
             ours, theirs = seen.features[seen.labels == k], real.seen.features[rest & (real.seen.labels == k)]
             by_class[k].append(frechet_distance(ours, theirs))
-    assert row.classes == pytest.approx({k: mean(found) for k, found in by_class.items()}, rel=1e-6)
-    assert row.values["within"] == pytest.approx(mean(list(row.classes.values())))
-    direct = mean([frechet_distance(seen.texture, real.seen.texture[everything.index_fill(0, chosen, False)])
+    assert row.classes == pytest.approx({k: fmean(found) for k, found in by_class.items()}, rel=1e-6)
+    assert row.values["within"] == pytest.approx(fmean(list(row.classes.values())))
+    direct = fmean([frechet_distance(seen.texture, real.seen.texture[everything.index_fill(0, chosen, False)])
                    for chosen in real.sets])
     assert row.values["texture"] == pytest.approx(direct, rel=0.01)  # shares are equal to within an image or two
 
@@ -138,7 +139,7 @@ def test_ink_and_labels_that_were_not_asked_for(real: Yardstick, digits: Digits)
 
 def test_the_jackknife_of_a_mean_is_its_standard_error() -> None:
     x = torch.randn(30, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    assert jackknife_error((x.sum() - x) / 29) == pytest.approx(deviation(x.tolist()) / math.sqrt(30))
+    assert jackknife_error((x.sum() - x) / 29) == pytest.approx(stdev(x.tolist()) / math.sqrt(30))
 
 
 def test_left_out_values_are_those_without_the_block(real: Yardstick, digits: Digits) -> None:
@@ -228,10 +229,10 @@ def test_several_trainings_a_side_are_compared_by_the_spread_between_them() -> N
     a, b = ([row(within=value) for value in values] for values in ((0.30, 0.33, 0.31, 0.36), (0.20, 0.26, 0.22)))
     (verdict,) = verdicts(a, b, FLOOR, 5)
     logs = [[math.log(one.values["within"]) for one in side] for side in (a, b)]
-    pooled = (3 * deviation(logs[0]) ** 2 + 2 * deviation(logs[1]) ** 2) / 5
+    pooled = (3 * stdev(logs[0]) ** 2 + 2 * stdev(logs[1]) ** 2) / 5
     half = student_limit(5) * math.sqrt(pooled * (1 / 4 + 1 / 3))
-    change = mean(logs[1]) - mean(logs[0])
-    assert verdict.a == pytest.approx(math.exp(mean(logs[0]))) and verdict.word == "better"
+    change = fmean(logs[1]) - fmean(logs[0])
+    assert verdict.a == pytest.approx(math.exp(fmean(logs[0]))) and verdict.word == "better"
     assert verdict.low == pytest.approx(verdict.a * math.expm1(change - half))
     assert verdict.high == pytest.approx(verdict.a * math.expm1(change + half))
     assert smallest_shown(a, b) == pytest.approx(math.expm1(half))
