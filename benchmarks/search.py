@@ -48,7 +48,8 @@ RECIPES: dict[str, str] = {
     "noise": "--prediction noise",
     "x0": "--prediction x0",
     "linear v": "--schedule linear",
-    "ddpm": "--prediction noise --schedule linear --no-clip-loss --focus 0",
+    "ddpm": "--schedule linear --prediction noise --no-clip-loss --focus 0 --lr-schedule constant --optimizer adamw "
+            "--lr 2e-4 --ema 0.9999",
     "blocks 1-1-1": "--blocks 1 1 1",
     "blocks 1-1-2": "--blocks 1 1 2",
     "blocks 1-1-3": "--blocks 1 1 3",
