@@ -32,6 +32,15 @@ def tiny_run(*flags: str) -> train.Run:
     return train.new_run(config, CPU, dataset.load(config, "train"), dataset.load(config, "test"))
 
 
+def test_a_step_learns_at_the_levels_in_focus(monkeypatch: pytest.MonkeyPatch) -> None:
+    run, seen = tiny_run("--focus", "1"), []
+    loss = train.diffusion_loss
+    monkeypatch.setattr(train, "diffusion_loss", lambda *inputs: seen.append(inputs[4]) or loss(*inputs))
+    train.training_step(train.learner(run), run)
+    low, high = run.schedule.focus
+    assert len(seen[0]) == 8 and seen[0].min() > low and seen[0].max() <= high
+
+
 @pytest.mark.parametrize("flags", [(), ("--optimizer", "adamw", "--dropout", "0.1", "--attention", "7")])
 def test_a_step_never_waits_for_the_device(flags: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     """On a CPU too, an operation for whose result the host waits can be told by its name."""
