@@ -196,7 +196,7 @@ def conclusion(a: Side, b: Side, rows: list[list[Row]], found: list[Verdict]) ->
         return "\n".join(said)
     if min(len(a.trained), len(b.trained)) < FEWEST_RUNS:
         said.append(f"With fewer than {FEWEST_RUNS} trainings on a side, the spread between them is taken as "
-                    f"known, {spread}: measured once, over 8 trainings of the default, at 10,000 images.")
+                    f"known, {spread}: measured once, over 8 trainings of an earlier default.")
     smallest = smallest_shown(rows[0], rows[1])
     said.append(f"So many trainings call observed differences of {smallest:.0%} or more.")
     return "\n".join(said)

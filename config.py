@@ -74,7 +74,8 @@ class TrainConfig:
     grad_clip: Annotated[float, Gt(0)] = 1.0  # largest norm of the gradient; inf: no clipping
     ema: Annotated[float, Ge(0), Lt(1)] = 0.999  # decay of the averaged weights per step, warmed up; 0: no averaging
     clip_loss: bool = True  # blacker than black or whiter than white costs nothing, as drawing clips it
-    focus: Share = 0.7  # share of each batch at the noise levels where a digit takes shape; 0: all alike (2006.11239)
+    # Share of each batch from the noise levels alone where a digit takes shape, the rest from all; 0: as 2006.11239.
+    focus: Annotated[float, Ge(0), Lt(1)] = 0.7
     label_dropout: Share = 0.05  # share of images trained without their label
     preview: Annotated[int, Ge(0), Le(1024)] = 64  # images in each preview grid during training; 0: none
     fresh: bool = False  # start over; the old checkpoint is kept under another name

@@ -46,9 +46,9 @@ KMNIST_MD5 = {"train-images-idx3-ubyte.gz": "bdb82020997e1d708af4cf47b453dcf7",
               "t10k-labels-idx1-ubyte.gz": "7320c461ea6c1c855c0b718fb2a4b134"}
 MNIST_DIGEST = "d18cfd466eb143ac"  # of its training images and labels, as `describe` gives it
 GENERATED = ROOT / "dataset" / "generated"  # drawn by benchmarks/ship.py
-GENERATED_MD5 = {"train-images-idx3-ubyte": "68743e80118eb1ecfa78f0628a94685c",
+GENERATED_MD5 = {"train-images-idx3-ubyte": "22ca59223106ec3a2326554310c3970b",
                  "train-labels-idx1-ubyte": "39fc248b2bcfd018df20ef93690f4ec3",
-                 "t10k-images-idx3-ubyte": "ef6cd66f4326e7f45f68acc9c314dbed",
+                 "t10k-images-idx3-ubyte": "1b8a8c9e1ba0697d26826fcaf449ceae",
                  "t10k-labels-idx1-ubyte": "25a4ce62dcd2602d01c1eebf4701d637"}
 NOTICE = """
 ==============================================================================

@@ -149,7 +149,7 @@ def diffusion_loss(network: Network, schedule: NoiseSchedule, x0: Tensor, labels
 
 def stratified_timesteps(timesteps: int, batch_size: int, offset: Tensor, share: float = 0.0,
                          focus: tuple[int, int] = (0, 0)) -> Tensor:
-    """t int64 [B] in 1..T from one random offset in [0, 1): a share of them at low < t <= high, the rest at any level.
+    """t int64 [B] in 1..T from one random offset in [0, 1): a share < 1 at low < t <= high alone, the rest at any.
 
     Both are evenly spaced, so that a batch covers its noise levels (after arXiv 2107.00630, appendix I.1). With a
     uniform offset, t of an image picked at random is uniform within each.

@@ -82,7 +82,7 @@ class Trace:
 def load_trained(config: Config, runtime: Runtime) -> Trained:
     """The network of the checkpoint that config means; what that file says of itself decides everything about it."""
     path = checkpoint.find(configs.run_name(config), config.sample.checkpoint)
-    state = runtime.only_first(lambda: checkpoint.load(path))
+    state = runtime.only_first(lambda: checkpoint.load(path) | {"model": None, "optimizer": None})
     try:
         stored, lacking = configs.from_stored(state["config"])
     except UserError as error:

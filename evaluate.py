@@ -39,8 +39,9 @@ def run(config: Config, runtime: Runtime) -> None:
         raise UserError(f"--num-images {count}: the measures need at least {FEWEST} images; draw more")
     clock = Clock(runtime)
     trained = load_trained(config, runtime)
-    config = dataset.resolve(replace(config, sample=guided(config.sample, trained, runtime)), runtime)
-    options = config.sample
+    options = replace(config.sample, steps=1) if config.evaluate.sweep else config.sample  # which has steps of its own
+    options = guided(options, trained, runtime)
+    config = dataset.resolve(config, runtime)
     train, test = (dataset.load_shared(config, split, runtime) for split in ("train", "test"))
     folder = make_folder(Path("results") / configs.run_name(config))
     announce(trained, config, runtime)

@@ -58,7 +58,7 @@ def write_samples(trained: Trained, config: Config, runtime: Runtime, clock: Clo
 
 def write_pictures(folder: Path, images: Tensor, order: Order, trace: Trace, trained: Trained) -> list[Path]:
     """The pictures and arrays of one drawing; says so where they don't look like the data."""
-    warn_if_broken(images, trace, trained.data)
+    warn_if_broken(images, trained.data)
     options, source = order.options, origin(trained, order)
     if options.write is not None:
         plots.save_number(folder / "number.png", images, source)
@@ -80,8 +80,8 @@ def spread_out(count: int, wanted: int) -> list[int]:
     return sorted({round(i) for i in np.linspace(0, count - 1, min(count, wanted))})
 
 
-def warn_if_broken(images: Tensor, trace: Trace, data: dict[str, Any]) -> None:
-    """Calls out images that are nothing like the data, with the first step from which x0_hat was bad too."""
+def warn_if_broken(images: Tensor, data: dict[str, Any]) -> None:
+    """Calls out images that are nothing like the data."""
     statistics = {key: data[key] for key in ("mean", "std") if key in data}
     problem = plots.looks_broken(images, **statistics)
     if problem is None:

@@ -141,9 +141,8 @@ def save_losses(path: Path, columns: Mapping[str, Any], reference: Mapping[str, 
         curve, levels = figure.subplots(1, 2)
         curve.set(title="Loss while training", xlabel="training images seen")
         if reference:
-            curve.loglog(reference["images"], reference["train_loss"], color=GREY, linewidth=1, alpha=0.5)
             curve.loglog(reference["images"], reference["test_loss"], ".-", color=GREY, label="shipped weights")
-        curve.loglog(seen, columns["train_loss"], ".-", color=BLUE, linewidth=1, label="training")
+        curve.loglog(seen, columns["train_loss"], ".-", color=BLUE, linewidth=1, label="training (see --focus)")
         curve.loglog(seen, columns["test_loss"], ".-", color=ORANGE, label="test")
         curve.xaxis.set_major_formatter(lambda x, _: f"{x / 1e6:g}M" if x >= 1e6 else f"{x / 1e3:g}k")
         curve.secondary_xaxis(-0.2, functions=(lambda x: x / epoch_size, lambda x: x * epoch_size), xlabel="epochs")

@@ -33,7 +33,7 @@ def tiny_run(*flags: str) -> train.Run:
 
 
 def test_a_step_learns_at_the_levels_in_focus(monkeypatch: pytest.MonkeyPatch) -> None:
-    run, seen = tiny_run("--focus", "1"), []
+    run, seen = tiny_run("--focus", "0.999"), []
     loss = train.diffusion_loss
     monkeypatch.setattr(train, "diffusion_loss", lambda *inputs: seen.append(inputs[4]) or loss(*inputs))
     train.training_step(train.learner(run), run)

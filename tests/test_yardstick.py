@@ -82,6 +82,8 @@ def test_distances_are_to_the_images_outside_each_set(real: Yardstick, digits: D
             by_class[k].append(frechet_distance(ours, theirs))
     assert row.classes == pytest.approx({k: fmean(found) for k, found in by_class.items()}, rel=1e-6)
     assert row.values["within"] == pytest.approx(fmean(list(row.classes.values())))
+    read, asked = torch.tensor(row.histogram), torch.bincount(real.labels, minlength=10)
+    assert read.sum() == COUNT and (read - asked).abs().sum() < 0.05 * COUNT
     direct = fmean([frechet_distance(seen.texture, real.seen.texture[everything.index_fill(0, chosen, False)])
                    for chosen in real.sets])
     assert row.values["texture"] == pytest.approx(direct, rel=0.01)  # shares are equal to within an image or two
