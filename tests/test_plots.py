@@ -263,7 +263,7 @@ def test_losses_show_the_first_and_the_last_of_each_noise_level(tmp_path, figure
         plots.save_losses(tmp_path / "loss.png", columns, reference, METADATA, 60_000)
     for figure, shipped in zip(figures, ([], [], ["shipped weights"]), strict=True):
         curve, levels = figure.axes
-        assert legend(curve) == [*shipped, "training", "test"]
+        assert legend(curve) == [*shipped, "training (see --focus)", "test"]
         assert legend(levels) == [*shipped, *(f"after {images} images" for images in after)]
 
 
@@ -271,7 +271,7 @@ def test_losses_show_the_columns_of_metrics_csv(tmp_path, figures):
     plots.save_losses(tmp_path / "loss.png", COLUMNS, {**COLUMNS, "test_loss_t1-500": [9.0]}, METADATA, 60_000)
     curve, levels = figures[0].axes
     lines = {line.get_label(): line for line in (*curve.lines, *levels.lines)}
-    np.testing.assert_array_equal(lines["training"].get_xydata().T, [COLUMNS["images"], COLUMNS["train_loss"]])
+    np.testing.assert_array_equal(lines["training (see --focus)"].get_xydata().T, [COLUMNS["images"], COLUMNS["train_loss"]])
     np.testing.assert_array_equal(lines["test"].get_ydata(), COLUMNS["test_loss"])
     np.testing.assert_array_equal(lines["after 64 images"].get_ydata(), [0.8, 0.4])
     np.testing.assert_array_equal(lines["after 64,000 images"].get_ydata(), [0.1, 0.01])

@@ -9,6 +9,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import config as configs
 import dataset
@@ -87,6 +88,12 @@ def test_flags_in_the_readme_exist() -> None:
 def test_pictures_in_the_readme_exist() -> None:
     for path in re.findall(r"!\[.*?\]\((.*?)\)", README):
         assert (ROOT / path).is_file(), path
+
+
+def test_the_pictures_are_of_the_weights_that_ship() -> None:
+    digest = checkpoint.weights_digest(checkpoint.load(checkpoint.PRETRAINED)["ema"])
+    for path in (ROOT / "results" / "pretrained").iterdir():
+        assert digest in str(Image.open(path).info), path
 
 
 def test_no_figure_is_left_open() -> None:
