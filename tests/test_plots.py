@@ -271,7 +271,8 @@ def test_losses_show_the_columns_of_metrics_csv(tmp_path, figures):
     plots.save_losses(tmp_path / "loss.png", COLUMNS, {**COLUMNS, "test_loss_t1-500": [9.0]}, METADATA, 60_000)
     curve, levels = figures[0].axes
     lines = {line.get_label(): line for line in (*curve.lines, *levels.lines)}
-    np.testing.assert_array_equal(lines["training (see --focus)"].get_xydata().T, [COLUMNS["images"], COLUMNS["train_loss"]])
+    training = lines["training (see --focus)"].get_xydata().T
+    np.testing.assert_array_equal(training, [COLUMNS["images"], COLUMNS["train_loss"]])
     np.testing.assert_array_equal(lines["test"].get_ydata(), COLUMNS["test_loss"])
     np.testing.assert_array_equal(lines["after 64 images"].get_ydata(), [0.8, 0.4])
     np.testing.assert_array_equal(lines["after 64,000 images"].get_ydata(), [0.1, 0.01])
