@@ -145,7 +145,8 @@ def differences(a: Side, b: Side) -> list[str]:
     files = [name for name in {**code[0], **code[1]} if code[0].get(name) != code[1].get(name)]
     lines = []
     for letter, side in (("a", a), ("b", b)):
-        many, (images, seconds) = f"{len(side.trained)} trainings of " * (len(side.trained) > 1), effort(side)
+        many = f"{len(side.trained)} trainings of " if len(side.trained) > 1 else ""
+        images, seconds = effort(side)
         lines.append(f"{letter}: {side.name} ({many}{images:,.0f} images, {seconds / 60:.1f} minutes)")
     lines.append(f"Settings in which they differ, a's and b's: {'; '.join(settings + drawing) or 'none'}.")
     if files:

@@ -157,7 +157,7 @@ def stratified_timesteps(timesteps: int, batch_size: int, offset: Tensor, share:
     u = (torch.arange(batch_size, device=offset.device) + offset) / batch_size
     low, high = focus
     t = torch.where(u < share, low + (high - low) * u / share, timesteps * (u - share) / (1 - share))
-    return t.long().clamp(0, timesteps - 1) + 1
+    return t.long().clamp(max=timesteps - 1) + 1
 
 
 def make_denoiser(network: Network, schedule: NoiseSchedule, labels: Tensor, guidance: float = 1.0,
