@@ -1,4 +1,4 @@
-"""The mathematics of diffusion: noise schedules, q(x_t | x_0), the posterior, prediction targets, loss, denoiser.
+"""The mathematics of diffusion: noise schedules, q(x_t | x_0), the posterior, prediction targets, loss and denoiser.
 
 x_t = alpha_t x_0 + sigma_t noise with alpha_t^2 = alpha_bar_t and sigma_t^2 = 1 - alpha_bar_t; t = 0 is clean data,
 t = T is noise, and the network is trained on t in 1..T. The network is any callable (x, t, label) -> prediction.
@@ -12,19 +12,20 @@ from functools import cache, cached_property, lru_cache
 import torch
 from torch import Tensor
 
-from config import NO_LABEL, DiffusionConfig, UserError
+from config import DiffusionConfig, UserError
+from dataset import NO_LABEL
 
 Network = Callable[[Tensor, Tensor, Tensor], Tensor]
 Denoiser = Callable[[Tensor, int], Tensor]
 MIN_SNR_GAMMA = 5.0  # arXiv 2303.09556, section 3.4
-FOCUS = (0.1, 0.65)  # alpha_bar between which a digit takes its shape; cosine schedule, T = 1000: 398 < t <= 793
+FOCUS = (0.1, 0.65)  # alpha_bar between which the shape is decided; cosine schedule, T = 1000: 398 < t <= 793
 
 
 @dataclass(frozen=True, eq=False)
 class NoiseSchedule:
-    """alpha_bar float64 [T+1] on the CPU, descending from alpha_bar[0] == 1; and what the network learns to predict.
+    """alpha_bar float64 [T+1] on the CPU, descending from alpha_bar[0] == 1; and what the network predicts.
 
-    It may end at 0 (zero terminal SNR), where the prediction can't be the noise. Everything derived is float64 [T+1].
+    It may end at 0 (zero terminal SNR); then the prediction can't be the noise. All derived values are float64 [T+1].
     """
 
     alpha_bar: Tensor
@@ -47,21 +48,21 @@ class NoiseSchedule:
     def snr(self) -> Tensor:  # alpha_t^2 / sigma_t^2, infinite at t = 0
         return self.alpha_bar / (1 - self.alpha_bar)
 
-    @property
-    def focus(self) -> tuple[int, int]:  # low < t <= high lie in FOCUS
+    @cached_property
+    def focus(self) -> tuple[int, int]:  # the timesteps low < t <= high lie in FOCUS
         high, low = (int((self.alpha_bar[1:] > edge).sum()) for edge in FOCUS)
         return low, high
 
     def at(self, values: Tensor, t: Tensor) -> Tensor:
-        """Float32 values of per-timestep constants at t [B], broadcast over images: [B, 1, 1, 1] on t's device."""
+        """Float32 values of per-timestep constants at t int64 [B], as [B, 1, 1, 1] on t's device."""
         return _on_device(values, t.device)[t][:, None, None, None]
 
 
-@cache  # a captured graph goes on reading them
+@cache  # a captured CUDA graph goes on reading them
 def _on_device(values: Tensor, device: torch.device) -> Tensor:
-    """A float32 copy on a device, made once: each copy in the training loop would wait for the GPU."""
-    with torch.inference_mode(False):  # it may be made while drawing and used in training
-        return values.to(device, torch.float32)
+    """A float32 copy on a device, made once: a copy in each training step would wait for the GPU."""
+    with torch.inference_mode(False):  # it may be made while sampling and used in training
+        return values.float().to(device)  # in this order, since Apple GPUs have no float64
 
 
 def make_schedule(config: DiffusionConfig) -> NoiseSchedule:
@@ -79,7 +80,7 @@ def make_schedule(config: DiffusionConfig) -> NoiseSchedule:
 
 
 def add_noise(schedule: NoiseSchedule, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-    """A draw x_t of q(x_t | x_0) (2006.11239, eq. 4). x0, noise [B, 1, H, W]; t int64 [B] in 0..T."""
+    """A sample x_t of q(x_t | x_0) (2006.11239, eq. 4). x0, noise [B, 1, H, W]; t int64 [B] in 0..T."""
     return schedule.at(schedule.alpha, t) * x0 + schedule.at(schedule.sigma, t) * noise
 
 
@@ -107,7 +108,7 @@ def target(schedule: NoiseSchedule, x0: Tensor, t: Tensor, noise: Tensor) -> Ten
 
 
 def predicted_x0(schedule: NoiseSchedule, prediction: Tensor, x_t: Tensor, t: int) -> Tensor:
-    """x0_hat that a prediction at x_t stands for: the inverse of `target` at one timestep, unclipped."""
+    """x0_hat that follows from a prediction at x_t: the inverse of `target` at one timestep, unclipped."""
     alpha, sigma = schedule.alpha[t].item(), schedule.sigma[t].item()
     if schedule.prediction == "noise":
         return (x_t - sigma * prediction) / alpha
@@ -120,8 +121,8 @@ def predicted_x0(schedule: NoiseSchedule, prediction: Tensor, x_t: Tensor, t: in
 def loss_weights(schedule: NoiseSchedule) -> Tensor:
     """Weight of the prediction's squared error at each t, float64 [T+1].
 
-    "none": 1. "snr": as if x0's squared error were weighted by SNR, which is the unweighted noise loss of 2006.11239.
-    "min-snr": as if it were weighted by min(SNR, 5) (2303.09556, section 3.4).
+    "none": 1. "snr": x0's squared error is weighted by SNR, which is the unweighted noise loss of 2006.11239, eq. 14.
+    "min-snr": x0's squared error is weighted by min(SNR, 5) (2303.09556, section 3.4).
     """
     if schedule.weighting == "none":
         return torch.ones_like(schedule.alpha_bar)
@@ -134,10 +135,10 @@ def loss_weights(schedule: NoiseSchedule) -> Tensor:
 
 def diffusion_loss(network: Network, schedule: NoiseSchedule, x0: Tensor, labels: Tensor, t: Tensor,
                    noise: Tensor, clip: bool = False) -> Tensor:
-    """Weighted mean squared error of each image's prediction -> [B], float32 (2006.11239, eq. 14, and its kin).
+    """Weighted mean squared error of each image's prediction -> [B], float32 (2006.11239, eq. 14).
 
-    With clip, a pixel at an edge of [-1, 1] costs nothing where the x0 predicted for it lies beyond that edge, since
-    the denoiser clips it onto it. The best prediction within [-1, 1] stays the mean.
+    x0, noise [B, 1, H, W]; t, labels int64 [B]. With clip, a pixel that is exactly -1 or 1 adds no loss where its
+    predicted x0 lies beyond it, since the denoiser clips x0_hat. The best prediction within [-1, 1] stays the mean.
     """
     prediction = network(add_noise(schedule, x0, t, noise), t, labels).float()
     error = prediction - target(schedule, x0, t, noise)
@@ -149,10 +150,10 @@ def diffusion_loss(network: Network, schedule: NoiseSchedule, x0: Tensor, labels
 
 def stratified_timesteps(timesteps: int, batch_size: int, offset: Tensor, share: float = 0.0,
                          focus: tuple[int, int] = (0, 0)) -> Tensor:
-    """t int64 [B] in 1..T from one random offset in [0, 1): a share < 1 at low < t <= high alone, the rest at any.
+    """t int64 [B] in 1..T from one random offset [1] in [0, 1): a share < 1 in low < t <= high, the rest in 1..T.
 
-    Both are evenly spaced, so that a batch covers its noise levels (after arXiv 2107.00630, appendix I.1). With a
-    uniform offset, t of an image picked at random is uniform within each.
+    Both parts are evenly spaced, so that each batch covers all noise levels (2107.00630, appendix I.1). With a uniform
+    offset, t of an image picked at random is uniform within its part.
     """
     u = (torch.arange(batch_size, device=offset.device) + offset) / batch_size
     low, high = focus
@@ -161,24 +162,24 @@ def stratified_timesteps(timesteps: int, batch_size: int, offset: Tensor, share:
 
 
 def make_denoiser(network: Network, schedule: NoiseSchedule, labels: Tensor, guidance: float = 1.0,
-                  interval: tuple[int, int] | None = None) -> Denoiser:
+                  interval: tuple[float, float] | None = None) -> Denoiser:
     """denoise(x [B, 1, H, W], t int) -> x0_hat like x, in [-1, 1] and in the dtype of x, for labels int64 [B].
 
-    With classifier-free guidance (arXiv 2207.12598, eq. 6, whose w is guidance - 1) both halves go through the network
-    in one batch; at guidance 1, and outside of low < t <= high where an interval is given (2404.07724), there is no
-    second half.
+    Classifier-free guidance (arXiv 2207.12598, eq. 6, whose w is guidance - 1) evaluates the network with and without
+    labels, in one batch of 2B. It acts where alpha_bar_t lies in the interval (2404.07724), None: everywhere.
     """
-    low, high = interval or (0, schedule.timesteps)
+    low, high = interval or (0.0, 1.0)
     both_labels = torch.cat([labels, torch.full_like(labels, NO_LABEL)])
 
     def denoise(x: Tensor, t: int) -> Tensor:
         x_in = x.float()
         times = torch.full((len(x),), t, device=x.device)
-        if guidance == 1 or not low < t <= high:
-            prediction = network(x_in, times, labels)
+        if guidance == 1 or not low <= schedule.alpha_bar[t] <= high:
+            prediction = network(x_in, times, labels).to(x.dtype)
         else:
-            labelled, free = network(x_in.repeat(2, 1, 1, 1), times.repeat(2), both_labels).chunk(2)
+            both = network(x_in.repeat(2, 1, 1, 1), times.repeat(2), both_labels)
+            labelled, free = both.to(x.dtype).chunk(2)
             prediction = free + guidance * (labelled - free)
-        return predicted_x0(schedule, prediction.to(x.dtype), x, t).clamp(-1, 1)
+        return predicted_x0(schedule, prediction, x, t).clamp(-1, 1)
 
     return denoise

@@ -1,8 +1,8 @@
-"""The U-Net, nothing else: (x, t, label) -> prediction.
+"""The U-Net: (x, t, label) -> prediction.
 
-Residual blocks at 28, 14 and 7 pixels, each told time and digit by a scale and a shift of its normalised
-activations; self-attention where the config asks for it; what each block made on the way down is added to the input
-of its twin on the way up. Knows no schedule, no loss and no sampler.
+Residual blocks at 28, 14 and 7 pixels. Time and label reach each block as a scale and a shift of its normalised
+activations. The output of each block on the way down is added to the input of its counterpart on the way up.
+Knows no schedule, no loss and no sampler.
 """
 
 import math
@@ -12,7 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from config import NO_LABEL, RESOLUTIONS, ModelConfig
+from config import ModelConfig
+from dataset import NO_LABEL
+
+RESOLUTIONS = (28, 14, 7)  # pixels at the three stages
 
 
 class ResidualBlock(nn.Module):
@@ -39,9 +42,7 @@ class Attention(nn.Module):
 
     def __init__(self, channels: int, config: ModelConfig) -> None:
         super().__init__()
-        self.heads = max(1, channels // 32)
-        while channels % self.heads:
-            self.heads -= 1
+        self.heads = max(heads for heads in range(1, max(1, channels // 32) + 1) if channels % heads == 0)
         self.norm = nn.GroupNorm(config.groups, channels)
         self.query_key_value = nn.Conv2d(channels, 3 * channels, 1)
         self.out = zeroed(nn.Conv2d(channels, channels, 1))
@@ -67,25 +68,21 @@ class Stage(nn.Module):
 
 
 class UNet(nn.Module):
-    """Predicts noise, x0 or v, as it was trained to.
-
-    Skips are added, not concatenated, and the way up has no 3x3 convolution outside its blocks, since the stage at 28
-    pixels takes far more of the time than of the operations.
+    """Predicts noise, x0 or v, as it was trained to (U-Net: arXiv 1505.04597; for diffusion: 2006.11239, appendix B).
 
     forward(x [B, 1, 28, 28] in [-1, 1] plus noise, t [B] in 1..T, label int64 [B]) -> [B, 1, 28, 28]; label 10 means
-    "no label". U-Net: arXiv 1505.04597; for diffusion: 2006.11239, appendix B.
+    "no label". Skip connections are added, not concatenated, and the way up has no 3x3 convolution outside its blocks:
+    the stage at 28 pixels takes far more of the time than its share of the operations.
     """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        channels = config.channels
-        width = config.embedding
+        channels, width = config.channels, config.embedding
         self.time = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
         self.label = nn.Embedding(NO_LABEL + 1, width)
         self.stem = nn.Conv2d(1, channels[0], 3, padding=1)
 
-        self.down, self.up = nn.ModuleList(), nn.ModuleList()
-        self.shrink, self.grow = nn.ModuleList(), nn.ModuleList()
+        self.down, self.up, self.shrink, self.grow = (nn.ModuleList() for _ in range(4))
         for level, resolution in enumerate(RESOLUTIONS):
             here = channels[level]
             if level:
@@ -129,16 +126,3 @@ def time_features(t: Tensor, width: int) -> Tensor:
     frequencies = torch.exp(torch.arange(half, device=t.device) * (-math.log(1e4) / half))
     angles = t.float()[:, None] * frequencies
     return torch.cat([angles.cos(), angles.sin()], dim=1)
-
-
-def count_parameters(network: nn.Module) -> int:
-    return sum(p.numel() for p in network.parameters())
-
-
-def gflop_per_image(config: ModelConfig) -> float:
-    """10^9 floating-point operations of one forward of one image, a multiply-add counted as two."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        UNet(config)(torch.empty(1, 1, 28, 28), torch.empty(1), torch.empty(1, dtype=torch.long))
-    return counter.get_total_flops() / 1e9

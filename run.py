@@ -1,38 +1,29 @@
-"""Trains, draws or evaluates: does what the `mode` flag in config.py says. `python run.py --help` lists every flag."""
+"""Trains, samples, evaluates or compares, as the `mode` flag in config.py says. `python run.py --help` lists all."""
 
-import contextlib
 import importlib
-import os
 import sys
 
-import config as configs
-from config import UserError
+from config import UserError, parse
+from support import console
+
+MODULES = {"train": "train", "sample": "sample", "evaluate": "evaluation.evaluate", "compare": "evaluation.compare"}
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one mode and returns the exit status: 0, 2 for what the user can mend, 128 + n after signal n."""
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(AttributeError):  # in a notebook they are something else
-            stream.reconfigure(errors="replace")  # type: ignore[union-attr]  # a console that lacks a letter ends no run
-    try:
-        config = configs.parse(sys.argv[1:] if argv is None else argv)
-        from support import runtime  # torch is imported from here on: a wrong flag was answered before
+    with console.guarded_streams():
+        try:
+            config = parse(sys.argv[1:] if argv is None else argv)
+            from support import runtime  # torch is imported from here on: a wrong flag was answered before
 
-        with runtime.start(config) as here:
-            status = 0
-            if config.mode == "train":
-                status, trained = importlib.import_module("train").run(config, here)
-                if trained is not None:
-                    importlib.import_module("sample").run(trained, here)
-            else:
-                importlib.import_module(config.mode).run(config, here)
-            return status
-    except UserError as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+            with runtime.start(config) as here:
+                return importlib.import_module(MODULES[config.mode]).main(config, here) or 0
+        except UserError as error:
+            if console.place().rank == 0:
+                print(f"error: {error}", file=sys.stderr)
+            return 2
+        except KeyboardInterrupt:
+            return 130
 
 
 if __name__ == "__main__":

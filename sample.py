@@ -1,90 +1,324 @@
-"""mode sample: pictures and arrays of what `drawing` draws from a checkpoint, in results/<name>/."""
+"""From a checkpoint, labels and a seed to images; mode sample; and the API for scripts: load_model, LoadedModel.sample.
 
-from dataclasses import replace
+An image and all its noise follow from (seed, image index) alone: every image is sampled in a slot of a chunk of one
+fixed size, so that it comes out the same alone, among many, and on any number of processes.
+"""
+
+import operator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
-import config as configs
-from config import Config
-from drawing import Order, Trace, Trained, announce, draw, evaluations, guided, load_trained, origin
+from config import SAMPLING, Config, SampleConfig, UserError, network_settings, validate
+from dataset import CLASSES, NO_LABEL, NOTICE, settle, to_uint8
+from diffusion import Denoiser, Network, NoiseSchedule, make_denoiser
+from model import UNet
+from samplers import SAMPLERS, spaced_timesteps
 from support import checkpoint, plots
-from support.files import make_folder, write_atomically
-from support.runtime import Clock, Runtime, to_uint8
+from support.cuda_graphs import graphed
+from support.files import make_folder, write_atomically, write_results
+from support.randomness import LABEL_STREAM, NOISE_STREAM, generator
+from support.runtime import Clock, Runtime, make_runtime
 
-COLUMNS = 15  # states in process.png
-FRAMES = 60  # states in process.gif
+SHOWN = 6  # images in the pictures of the process
+COLUMNS, FRAMES = 15, 60  # states in process.png and in process.gif, at most
+LABELS_PER_CLASS = 10  # of each class in a block of labels
 
 
-def run(config: Config, runtime: Runtime) -> None:
-    """Draws images from a checkpoint and writes them to results/<name>/."""
+class Trajectory(NamedTuple):
+    """The states of images from pure noise to the result."""
+
+    timesteps: list[int]  # [K+1], from T down to 0
+    states: Any  # uint8 [K+1, N, 28, 28]
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A trained network that can be sampled from, and where it came from."""
+
+    network: Network
+    schedule: NoiseSchedule
+    runtime: Runtime
+    settings: dict[str, Any]  # of its training, as the checkpoint stores them
+    history: dict[str, Any]  # of its training: "data" (`dataset.describe`), seconds, code digests, ...
+    digest: str = ""  # of its weights
+    step: int = 0
+    path: Path = Path()
+
+    @property
+    def data(self) -> dict[str, Any]:
+        data = self.history.get("data")
+        return data if isinstance(data, dict) else {}
+
+    @property
+    def label_dropout(self) -> float:
+        share = self.settings.get("train", {}).get("label_dropout")
+        return float(share) if isinstance(share, (int, float)) else 0.1  # the first default
+
+    @property
+    def classes(self) -> list[int]:
+        """The classes that the network was trained on."""
+        counts = self.data.get("classes") or [1] * CLASSES
+        return [k for k, count in enumerate(counts) if count]
+
+    def sample(self, labels: str | Sequence[int] | None = "0123456789", num_images: int | None = None, seed: int = 0, *,
+               trajectory: bool = False, **options: Any) -> Any:
+        """Samples images: uint8 numpy [N, 28, 28], the same as `--mode sample` with the same flags writes.
+
+        labels: classes as a digit string or integers, None for images without labels; cycled to num_images (unset: as
+        many as labels, or one). options: sampler, steps, spacing, eta, variance, guidance, guidance_interval, as the
+        flags. With trajectory, returns (images, Trajectory). Raises UserError for what the flags would not accept.
+        """
+        try:
+            classes = [int(label) if isinstance(label, str) else operator.index(label)
+                       for label in (() if labels is None else labels)]
+        except (TypeError, ValueError):  # neither a digit nor an integer
+            classes = [-1]
+        if labels is not None and not classes or any(not 0 <= k < CLASSES for k in classes):
+            raise UserError(f"labels {labels!r:.100}: give classes from 0 to {CLASSES - 1}, or None for no labels")
+        if unknown := options.keys() - {*SAMPLING}:
+            raise UserError(f"{', '.join(sorted(unknown))}: no option of sampling; there are {', '.join(SAMPLING)}")
+        wanted = SampleConfig(digits="none" if labels is None else "".join(map(str, classes)),
+                              num_images=len(classes) or 1 if num_images is None else num_images, **options)
+        wanted = validate(Config(seed=seed, sample=wanted)).sample
+        request = make_request(self, wanted, seed, cast(int, wanted.num_images))
+        images, states = sample_images(self, request, shown=len(request.indices) if trajectory else 0)
+        arrays = to_uint8(images)[:, 0].numpy()
+        return (arrays, Trajectory(request.timesteps, states[:, :, 0].numpy())) if trajectory else arrays
+
+    def denoiser(self, labels: Sequence[int] | Tensor, guidance: float = 1.0,
+                 interval: tuple[float, float] | None = None) -> Denoiser:
+        """`diffusion.make_denoiser` for this network: denoise(x [N, 1, 28, 28], t) -> x0_hat; labels [N], 10: none."""
+        return make_denoiser(self.network, self.schedule, torch.as_tensor(labels, device=self.runtime.device), guidance,
+                             interval)
+
+
+class SampleRequest(NamedTuple):
+    """What is sampled and how: image i and all its noise follow from (seed, i)."""
+
+    options: SampleConfig
+    seed: int
+    indices: Sequence[int]
+    labels: Tensor  # int64 [N], one for each index
+    timesteps: list[int]  # descending, from T to 0
+    guidance: float  # 1: none
+    interval: tuple[float, float]  # of alpha_bar, where guided
+    note: str  # what a user should know about guidance
+    evaluations: int  # of the network, for an image: one a step, two where it is guided
+
+
+def load_model(name: str | Path = "pretrained", device: str = "auto", precision: str = "auto") -> LoadedModel:
+    """A trained model, to be used in a script: "pretrained", a run's name, or the path of a checkpoint.
+
+    Prints nothing and joins no process group. Raises UserError for a file or a device that is not there.
+    """
+    config = validate(Config(device=device, precision=cast(Any, precision), compile="off"))
+    return load_checkpoint(checkpoint.named(str(name), "load_model:"), make_runtime(config))
+
+
+def load_checkpoint(path: Path, runtime: Runtime) -> LoadedModel:
+    """The model in a checkpoint, built from what that file stores alone. Raises UserError."""
+    state = runtime.on_rank0(lambda: checkpoint.load(path) | {"model": None, "optimizer": None})
+    try:
+        settings, prediction = network_settings(state["config"])
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    alpha_bar = state["history"].get("alpha_bar")
+    if not isinstance(alpha_bar, Tensor) or alpha_bar.ndim != 1 or len(alpha_bar) < 3:
+        raise UserError(f"{path}: it does not hold its noise schedule; {checkpoint.ADVICE}")
+    network = UNet(settings)
+    checkpoint.load_weights(network, state["ema"], path)
+    network = network.eval().requires_grad_(False).to(runtime.device).to(memory_format=torch.channels_last)
+    return LoadedModel(network, NoiseSchedule(alpha_bar.double(), prediction), runtime, state["config"],
+                       state["history"], checkpoint.weights_digest(state["ema"]), state["step"], path)
+
+
+def make_request(model: LoadedModel, options: SampleConfig, seed: int, count: int) -> SampleRequest:
+    """The request for images 0 to count - 1: only here are labels, timesteps and guidance decided.
+
+    If no step lies in the guidance interval, the step nearest to it is guided. Raises UserError for labels that the
+    network has not learned, guidance that it does not support, and an impossible number of steps.
+    """
+    timesteps = spaced_timesteps(model.schedule.timesteps, options.steps, options.spacing)
+    digits = "none" if model.label_dropout == 1 and options.digits is None else options.digits
+    if unlearned := sorted({int(digit) for digit in digits or "" if digits != "none"} - set(model.classes)):
+        raise UserError(f"--digits {digits}: this network was not trained on class "
+                        f"{', '.join(map(str, unlearned))}; choose from {''.join(map(str, model.classes))}")
+    if model.label_dropout == (0 if digits == "none" else 1):
+        knows = "images only with their labels" if digits == "none" else "no labels"
+        raise UserError(f"--digits {digits}: this network was trained with --label-dropout {model.label_dropout:g}, so "
+                        f"it knows {knows}; leave --digits out")
+    labels = choose_labels(digits, seed, range(count), model.classes)
+    guidance, interval, guided, note = options.guidance, options.guidance_interval, 0, ""
+    if guidance != 1 and (digits == "none" or model.label_dropout == 0):
+        if guidance != SampleConfig.guidance:
+            raise UserError(f"--guidance {guidance:g}: this network can't be guided, since it was trained with "
+                            f"--label-dropout {model.label_dropout:g}; leave --guidance out")
+        guidance, note = 1.0, "No guidance: it compares images with and without labels."
+    elif guidance != 1:
+        low, high = interval
+        levels = [model.schedule.alpha_bar[t].item() for t in timesteps[:-1]]
+        guided, where = sum(low <= level <= high for level in levels), ""
+        if guided == 0:
+            nearest = min(levels, key=lambda level: max(low - level, level - high))
+            guided, interval = 1, (nearest, nearest)
+            where = f", the one nearest to the interval (alpha_bar {low:g} to {high:g})"
+        note = f"Guidance {guidance:g} acts in {guided} of {options.steps} steps{where}."
+    return SampleRequest(options, seed, range(count), labels, timesteps, guidance, interval, note,
+                         options.steps + guided)
+
+
+def choose_labels(digits: str | None, seed: int, indices: Sequence[int], classes: Sequence[int]) -> Tensor:
+    """Labels int64 [N] of the images with these indices: `digits` cycled over the indices, or 10 for "none".
+
+    Unset: each block of 10 indices per class has each of the `classes` 10 times, in an order that follows from
+    (seed, block).
+    """
+    if digits == "none":
+        return torch.full((len(indices),), NO_LABEL)
+    if digits is not None:
+        return torch.tensor([int(digits[index % len(digits)]) for index in indices])
+    block = torch.tensor(classes).repeat_interleave(LABELS_PER_CLASS)
+    size = len(block)
+    orders = {number: block[torch.randperm(size, generator=generator("cpu", seed, LABEL_STREAM, number))]
+              for number in {index // size for index in indices}}
+    return torch.stack([orders[index // size][index % size] for index in indices])
+
+
+def provenance(model: LoadedModel, request: SampleRequest) -> dict[str, str]:
+    """Where images came from, for the metadata of a PNG and for reports."""
+    knobs = {name: str(getattr(request.options, name))
+             for name in ("sampler", "steps", "spacing", "eta", "variance", "digits")}
+    return {"weights": model.digest, "trained_on": str(model.data.get("name", "unknown")), "step": str(model.step),
+            "seed": str(request.seed), "guidance": f"{request.guidance:g}",
+            "guidance_interval": "{:g} {:g}".format(*request.interval), **knobs}
+
+
+def sample_images(model: LoadedModel, request: SampleRequest, shown: int = 0,
+                  progress: bool = False) -> tuple[Tensor, Tensor]:
+    """Images [N, 1, 28, 28] in [-1, 1], and the states uint8 [K+1, shown, 1, 28, 28] of the first ones from T to 0.
+
+    Both are on the CPU and the same in every process. Image i takes slot i % chunk of a chunk whose other slots may be
+    empty; chunks are shared out among processes. Raises UserError if a state stops being finite.
+    """
+    runtime = model.runtime
+    chunks: dict[int, list[int]] = {}  # chunk number -> positions in request.indices
+    for position, index in enumerate(request.indices):
+        chunks.setdefault(index // runtime.chunk, []).append(position)
+    mine = list(chunks.values())[runtime.rank::runtime.world]
+    if runtime.graphs:
+        model = replace(model, network=graphed(model.network))
+
+    def work() -> tuple[Tensor, Tensor]:
+        images = torch.zeros(len(request.indices), 1, 28, 28)
+        states = torch.zeros(len(request.timesteps), min(shown, len(images)), 1, 28, 28, dtype=torch.uint8)
+        bar = tqdm(total=len(mine) * len(request.timesteps), desc="sampling", unit="step", leave=False,
+                   disable=not (progress and runtime.rank == 0))
+        with bar, torch.inference_mode(), runtime.autocast():
+            for positions in mine:
+                seen = positions[:sum(position < states.shape[1] for position in positions)]  # positions ascend
+                part = request._replace(indices=[request.indices[position] for position in positions],
+                                        labels=request.labels[positions])
+                for number, x in enumerate(_chunk_states(model, part)):
+                    if seen:
+                        states[number, seen] = to_uint8(x[:len(seen)]).cpu()
+                    bar.update()
+                images[positions] = x.float().cpu()
+        return images, states
+
+    images, states = (sum(parts) for parts in zip(*runtime.gather(work)))  # zero in all processes but one
+    return images, states
+
+
+def _chunk_states(model: LoadedModel, request: SampleRequest) -> Iterator[Tensor]:
+    """The states [N, 1, 28, 28] of one chunk's images: pure noise, and after each step."""
+    runtime = model.runtime
+    generators = [generator("cpu", request.seed, NOISE_STREAM, index) for index in request.indices]
+    slots = torch.tensor([index % runtime.chunk for index in request.indices])
+    labels = torch.full((runtime.chunk,), NO_LABEL).index_copy(0, slots, request.labels).to(runtime.device)
+
+    def randn() -> Tensor:
+        noise = torch.zeros(runtime.chunk, 1, 28, 28)
+        noise[slots] = torch.stack([torch.randn(1, 28, 28, generator=g) for g in generators])
+        return noise.to(runtime.device)
+
+    options = request.options
+    denoise = make_denoiser(model.network, model.schedule, labels, request.guidance, request.interval)
+    own: dict[str, dict[str, Any]] = {"ddim": {"eta": options.eta}, "ddpm": {"variance": options.variance}}
+    sampler = SAMPLERS[options.sampler]
+    x = randn()
+    yield x[slots]
+    for s, x, _ in sampler(denoise, model.schedule, x, request.timesteps, randn, **own.get(options.sampler, {})):
+        if not torch.isfinite(x).all():
+            raise UserError(f"the images stopped being finite at t = {s} of {request.timesteps[0]} ({options.sampler}, "
+                            f"{options.steps} steps): try --precision fp32, a lower --guidance or another checkpoint")
+        yield x[slots]
+
+
+def main(config: Config, runtime: Runtime) -> None:
+    """Samples from a checkpoint as config.sample says, and writes pictures and arrays to its results folder."""
     clock = Clock(runtime)
-    config = own_run(config)
-    trained = load_trained(config, runtime)
+    config = settle(config, runtime)
+    model = load_checkpoint(cast(Path, config.sample.checkpoint), runtime)
+    options = replace(config.sample, digits=config.sample.write or config.sample.digits)
+    count = len(config.sample.write or "") or options.num_images or 256
+    request = make_request(model, options, config.seed, count)
     clock.lap("load")
-    announce(trained, config, runtime)
-    write_samples(trained, config, runtime, clock)
+    announce(model, request)
+    folder = checkpoint.results_folder(model.path, model.digest)
+    runtime.on_rank0(lambda: make_folder(folder) and None)
+    images, states = sample_images(model, request, SHOWN, progress=True)
+    clock.lap(f"sample {count} image{'s' * (count != 1)} in {options.steps} steps, {request.evaluations} "
+              f"evaluations each ({options.sampler})")
+    for path in runtime.on_rank0(lambda: write_images(folder, to_uint8(images), model, request, states)):
+        runtime.say(f"  {path}")
+    clock.lap("write")
     runtime.say(clock)
 
 
-def own_run(config: Config) -> Config:
-    """The config with the data set "auto" settled by which run there is, so that an offline run's name is found."""
-    runs = [name for name in ("mnist", "generated") if (Path("checkpoints") / name / checkpoint.LAST).exists()]
-    return replace(config, dataset="generated") if config.dataset == "auto" and runs == ["generated"] else config
+def announce(model: LoadedModel, request: SampleRequest) -> None:
+    """Prints which weights are sampled from, and how they are guided."""
+    name = model.data.get("name", "unknown images")
+    model.runtime.say(f"Sampling from {model.path} (trained on {name}, step {model.step:,}, weights {model.digest}) on "
+                      f"{model.runtime.name()}. {request.note}".rstrip())
+    if name == "generated":
+        model.runtime.say(NOTICE)
 
 
-def write_samples(trained: Trained, config: Config, runtime: Runtime, clock: Clock) -> None:
-    """Draws what config.sample asks for, writes the pictures, and says where they are."""
-    options = config.sample
-    if options.write is not None:
-        options = replace(options, digits=options.write)
-    options = guided(options, trained, runtime)
-    folder = Path("results") / configs.run_name(config)
-    runtime.only_first(lambda: make_folder(folder))
-    indices = range(len(options.write) if options.write is not None else options.num_images or 256)
-    order = Order(options, config.seed, indices, trained.labels(options.digits, config.seed, len(indices)))
-    trace = Trace()
-    x = draw(trained, order, runtime, trace, progress=True)
-    clock.lap(f"draw {len(indices)} images in {options.steps} steps, "
-              f"{evaluations(trained.schedule, options)} evaluations each ({options.sampler})")
-    paths = runtime.only_first(lambda: write_pictures(folder, to_uint8(x), order, trace, trained))
-    for path in paths:
-        runtime.say(f"  {path}")
-    clock.lap("write")
+def write_images(folder: Path, images: Tensor, model: LoadedModel, request: SampleRequest,
+                 states: Tensor) -> list[Path]:
+    """Writes pictures and arrays, and returns their paths. Warns if the images don't look like the training images."""
+    warn_if_broken(images, model.data)
+    options, source = request.options, provenance(model, request)
 
+    def arrays(path: Path) -> None:  # in the convention of OpenAI's evaluators
+        content = images.permute(0, 2, 3, 1).numpy(), request.labels.numpy()
+        write_atomically(path, lambda file: np.savez(file, *content))
 
-def write_pictures(folder: Path, images: Tensor, order: Order, trace: Trace, trained: Trained) -> list[Path]:
-    """The pictures and arrays of one drawing; says so where they don't look like the data."""
-    warn_if_broken(images, trained.data)
-    options, source = order.options, origin(trained, order)
-    if options.write is not None:
-        plots.save_number(folder / "number.png", images, source)
-        return [folder / "number.png"]
+    # Evenly spaced states, with both ends.
+    shown, frames = (np.linspace(0, len(states) - 1, min(len(states), most)).round().astype(int).tolist()
+                     for most in (COLUMNS, FRAMES))
     columns = 10 if options.digits == "0123456789" else max(1, round(len(images) ** 0.5))
-    plots.save_grid(folder / "sample.png", images, columns, source)
-    kept = spread_out(len(trace.states), COLUMNS)
-    plots.save_process(folder / "process.png", torch.stack([trace.states[i] for i in kept]),
-                       [trace.timesteps[i] for i in kept], source)
-    frames = spread_out(len(trace.states), FRAMES)
-    plots.save_animation(folder / "process.gif", torch.stack([trace.states[i] for i in frames]), source)
-    arrays = images.permute(0, 2, 3, 1).numpy(), order.labels.numpy()  # in the convention of OpenAI's evaluators
-    write_atomically(folder / "samples.npz", lambda file: np.savez(file, *arrays))
-    return [folder / name for name in ("sample.png", "process.png", "process.gif", "samples.npz")]
-
-
-def spread_out(count: int, wanted: int) -> list[int]:
-    """At most `wanted` of the indices 0..count-1, evenly spaced, with both ends."""
-    return sorted({round(i) for i in np.linspace(0, count - 1, min(count, wanted))})
+    writers: dict[str, Callable[[Path], None]] = {
+        "sample.png": lambda path: plots.save_grid(path, images, columns, source),
+        "process.png": lambda path: plots.save_process(path, states[shown], [request.timesteps[i] for i in shown],
+                                                       source),
+        "process.gif": lambda path: plots.save_animation(path, states[frames], source),
+        "samples.npz": arrays}
+    if options.write is not None:
+        writers = {"number.png": lambda path: plots.save_number(path, images, source)}
+    return write_results(folder, writers)
 
 
 def warn_if_broken(images: Tensor, data: dict[str, Any]) -> None:
-    """Calls out images that are nothing like the data."""
-    statistics = {key: data[key] for key in ("mean", "std") if key in data}
-    problem = plots.looks_broken(images, **statistics)
-    if problem is None:
-        return
-    print(f"WARNING: these images do not look like digits ({problem}). Has the network been trained long enough, with "
-          "a loss that fell?")
+    """Warns if images look nothing like the data that the network was trained on."""
+    problem = plots.looks_broken(images, **{key: data[key] for key in ("mean", "std") if key in data})
+    if problem is not None:
+        print(f"WARNING: these images do not look like {data.get('name', 'the training images')} ({problem}). Was the "
+              "network trained long enough, with a falling loss?", flush=True)

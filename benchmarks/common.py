@@ -1,4 +1,4 @@
-"""What the benchmarks share: their options, our network in training, judged images, machine and tables.
+"""What the benchmarks share: their options, our network in training, measured images, machine and tables.
 
 Importing it puts the project's root on the path, so every script here runs as `python benchmarks/NAME.py`.
 """
@@ -22,23 +22,25 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import config as configs
-import dataset
-import drawing
-import train
-from config import CLASSES, NO_LABEL, Config, UserError
-from dataset import Digits
-from support.extractor import load_extractor
-from support.runtime import Runtime, to_uint8
-from yardstick import Yardstick
+from config import Config, UserError
+from dataset import CLASSES, LabelledImages, to_uint8
+from evaluation.classifier import load_classifier
+from evaluation.reference import Reference
+from optimizer import learning_rate
+from sample import choose_labels, make_request, sample_images
+from support.runtime import Runtime
+from training_log import current_model
+from training_state import new_state
 
 HERE = Path(__file__).resolve().parent
-QUALITY_IMAGES = 2000  # drawn images in each Fréchet distance
+QUALITY_IMAGES = 2000  # sampled images in each Fréchet distance
+QUALITY = ("class-wise / baseline", "Fréchet / baseline", "mean intensity", "confident", "label accuracy")
 OPTIONS: dict[str, dict[str, Any]] = {
     "--data-dir": {"metavar": "FOLDER", "help": "of the data, as for run.py"},
     "--device": {"default": "auto", "help": "cuda, mps, cpu or auto"},
     "--seed": {"type": int, "default": 0, "help": "every random number follows from it"},
     "--threads": {"type": int, "help": "of the CPU; unset: torch's choice"},
-    "--images": {"type": int, "default": QUALITY_IMAGES, "help": "drawn for each Fréchet distance"},
+    "--images": {"type": int, "default": QUALITY_IMAGES, "help": "sampled for each Fréchet distance"},
 }
 
 
@@ -72,47 +74,36 @@ def config_of(options: argparse.Namespace | None, *flags: str) -> Config:
     return configs.parse([*shared, *flags])
 
 
-def run_script(main: Callable[[list[str]], int | None]) -> None:
-    """main(arguments), which returns the exit status; a UserError is one line and status 2, as in run.py."""
+def run_script(main: Callable[[list[str]], None]) -> None:
+    """main(arguments); a UserError is one line and exit status 2, as in run.py."""
     try:
-        status = main(sys.argv[1:])
+        main(sys.argv[1:])
     except UserError as error:
         print(f"{Path(sys.argv[0]).stem}: {error}", file=sys.stderr)
-        status = 2
-    if status:
-        sys.exit(status)
+        sys.exit(2)
 
 
 # Our network in training
 
 
-def load_digits(config: Config, device: torch.device) -> tuple[Digits, Digits]:
-    """Training and test images, on the device."""
-    return dataset.load(config, "train").to(device), dataset.load(config, "test").to(device)
-
-
 class Trainee:
-    """A new run of ours, trained a step at a time and drawn from as the modes do it, but without their saves."""
+    """A new run of ours, trained a step at a time and sampled from as the modes do it, but without their saves."""
 
-    def __init__(self, config: Config, runtime: Runtime, digits: Digits, test: Digits) -> None:
-        self.run = train.new_run(config, runtime, digits, test)
-        self.run.network.train()
-        self.learn = train.learner(self.run)
+    def __init__(self, config: Config, runtime: Runtime, train: LabelledImages, test: LabelledImages) -> None:
+        self.state = new_state(config, runtime, train, test)
 
     def step(self, progress: float) -> Tensor:
-        """train.training_step, `progress` (0 to 1) into the run; at 1 the rate is zero, and the weights stay."""
-        self.run.optimizer.set_rate(train.learning_rate(self.run.config.train, self.run.step, progress))
-        loss = train.training_step(self.learn, self.run)
-        self.run.step += 1
+        """The loss of one step, `progress` (0 to 1) into the run; at 1 the learning rate is zero."""
+        state = self.state
+        loss = state.learner.step(state.step, learning_rate(state.config.train, state.step, progress))
+        state.step += 1
         return loss
 
-    def draw(self, count: int, **changes: Any) -> tuple[Tensor, Tensor]:
-        """uint8 images [count, 1, 28, 28] by the averaged weights, and the labels that were asked for."""
-        run = self.run
-        trained = drawing.Trained(run.average, run.schedule, run.config, run.history)
-        labels = trained.labels(None, run.config.seed, count)
-        order = drawing.Order(replace(run.config.sample, **changes), run.config.seed, range(count), labels)
-        return to_uint8(drawing.draw(trained, order, run.runtime)), labels
+    def sample(self, count: int, **changes: Any) -> tuple[Tensor, Tensor]:
+        """uint8 images [count, 1, 28, 28] by the averaged weights, and their labels; changes: knobs of sampling."""
+        config, model = self.state.config, current_model(self.state)
+        request = make_request(model, replace(config.sample, **changes), config.seed, count)
+        return to_uint8(sample_images(model, request)[0]), request.labels
 
 
 def count(network: nn.Module) -> tuple[int, float]:
@@ -128,33 +119,27 @@ def count(network: nn.Module) -> tuple[int, float]:
 # Measuring
 
 
-class Judge:
-    """The project's yardstick, for so many images with the labels that every contender is given."""
+def make_reference(train: LabelledImages, test: LabelledImages, images: int) -> Reference:
+    """For so many images with the labels that a trained network is given by default, in the shipped classifier."""
+    return Reference(train, test, choose_labels(None, 0, range(images), range(CLASSES)), load_classifier())
 
-    def __init__(self, digits: Digits, test: Digits, images: int) -> None:
-        classes = torch.bincount(digits.labels, minlength=CLASSES).tolist()
-        self.yardstick = Yardstick(digits, test, drawing.choose_labels(None, 0, range(images), classes),
-                                   load_extractor())
-        self.extractor = load_extractor().digest
 
-    def __call__(self, images: Tensor, labels: Tensor | None) -> dict[str, float]:
-        """Distances over their floors, with errors, and shares, of uint8 images [N, 1, 28, 28]; labels [N], if any."""
-        labels = torch.full((len(images),), NO_LABEL) if labels is None else labels
-        row = self.yardstick.measure(images, labels, overlap=False, neighbours=False)
-        found: dict[str, float] = {}
-        for key in ("ink", "sure", "asked"):
-            found |= {key: round(row.values[key], 4)} if key in row.values else {}
-        for key in ("within", "frechet", "texture"):
-            if key in row.values:
-                ratio, error = self.yardstick.over_floor(key, row)
-                found |= {key: round(ratio, 3), f"{key}_error": round(error or math.nan, 3)}
-        return found
+def measured(reference: Reference, images: Tensor, labels: Tensor) -> dict[str, float]:
+    """Distances as multiples of the baseline, with errors, and shares, of uint8 images [N, 1, 28, 28]."""
+    found, _ = reference.measure(images, labels)
+    row = {key: round(found[key].value, 4) for key in ("mean_intensity", "confident", "label_accuracy")}
+    for key in ("class_frechet", "frechet", "texture"):
+        if key in found:
+            ratio, error = reference.baseline.ratio(key, found[key])
+            row |= {key: round(ratio, 3), f"{key}_error": round(math.nan if error is None else error, 3)}
+    return row
 
 
 def quality(row: Mapping[str, Any]) -> tuple[str, ...]:
-    """Cells for QUALITY of what a judge found."""
-    distances = (f"{row[key]:.2f} ± {row[f'{key}_error']:.2f}" if key in row else "-" for key in ("within", "frechet"))
-    return *distances, f"{row['ink']:.3f}", f"{row['sure']:.1%}", f"{row['asked']:.1%}" if "asked" in row else "-"
+    """Cells for QUALITY of what was measured."""
+    distances = (f"{row[key]:.2f} ± {row[f'{key}_error']:.2f}" if key in row else "-"
+                 for key in ("class_frechet", "frechet"))
+    return *distances, f"{row['mean_intensity']:.3f}", f"{row['confident']:.1%}", f"{row['label_accuracy']:.1%}"
 
 
 class Operations(TorchDispatchMode):
@@ -169,9 +154,6 @@ class Operations(TorchDispatchMode):
 
 
 # Telling
-
-
-QUALITY = ("in class / floor", "Fréchet / floor", "ink", "sure", "as asked")
 
 
 def machine(device: torch.device) -> str:

@@ -7,14 +7,14 @@
 Every finished run is kept in peers.json, and the same command again goes on with what is missing.
 
 Settings, meant to be fair. All: the same images on the device, batch 64, gradient norm clipped at 1, the averaged
-weights drawn with 15 network evaluations and no guidance, 2,000 images with the same labels judged by `yardstick.py`;
-the clock stops while images are judged.
+weights sampled with 15 network evaluations and no guidance, 2,000 images with the same labels, measured against the
+same reference; the clock stops while images are measured.
   ours         the defaults of config.py; each length of training is a run of its own, since the rate decays over a run
   diffusers    UNet2DModel with widths 16-32-64 and attention at 7x7, one layer a block: about as many parameters as
-               ours; told the digit (num_class_embeds); DDPMScheduler squaredcos_cap_v2, noise prediction, T = 1000;
+               ours; given the label (num_class_embeds); DDPMScheduler squaredcos_cap_v2, noise prediction, T = 1000;
                AdamW at 1e-3 and its EMAModel with warm-up (inv_gamma 1, power 3/4, as its unconditional example);
-               drawn by DPMSolverMultistepScheduler with lambda_min_clipped -5.1, which its documentation asks for with
-               this schedule, and thresholding, which it advises in pixel space
+               sampled by DPMSolverMultistepScheduler with lambda_min_clipped -5.1, which its documentation asks for
+               with this schedule, and thresholding, which it advises in pixel space
   diffusers v  the same with its v_prediction, which suits few steps better, though it is not what it does by itself
 """
 
@@ -35,33 +35,35 @@ import common
 import torch
 from torch import Tensor, nn
 
+import dataset
 from config import UserError
-from dataset import Digits
-from drawing import choose_labels
+from dataset import CLASSES, LabelledImages, to_uint8, to_unit
+from sample import choose_labels
 from support import runtime
-from support.runtime import Runtime, compiled, to_uint8, to_unit
+from support.cuda_graphs import compiled
+from support.runtime import Runtime
 
 STEPS, TIMESTEPS = 15, 1000  # network evaluations of an image; noise levels
 FRACTIONS = (0.25, 0.5, 1.0)  # of the minutes, at which quality is measured
-BATCH, CHUNK = 64, 250  # images in a training step of all, and in a call of the peers' networks when they draw
+BATCH, CHUNK = 64, 250  # images in a training step of all, and in a call of the peers' networks when they sample
 
 
 @dataclass(frozen=True)
 class Contender:
-    """One way to train and draw: `step(progress)` trains once, `draw(count)` gives uint8 images and what was asked."""
+    """One way to train and sample: `step(progress)` trains once, `sample(count)` gives uint8 images and labels."""
 
     network: nn.Module
     step: Callable[[float], Any]
-    draw: Callable[[int], tuple[Tensor, Tensor | None]]
+    sample: Callable[[int], tuple[Tensor, Tensor]]
 
 
-def ours(digits: Digits, here: Runtime, options: Namespace) -> Contender:
+def ours(images: LabelledImages, here: Runtime, options: Namespace) -> Contender:
     config = common.config_of(options, "--batch-size", str(BATCH))
-    trainee = common.Trainee(config, here, digits, digits)  # test images, too, whose loss nobody asks for
-    return Contender(trainee.run.network, trainee.step, partial(trainee.draw, steps=STEPS, guidance=1.0))
+    trainee = common.Trainee(config, here, images, images)  # as test images, too, whose loss nobody asks for
+    return Contender(trainee.state.learner.network, trainee.step, partial(trainee.sample, steps=STEPS, guidance=1.0))
 
 
-def diffusers(digits: Digits, here: Runtime, options: Namespace, prediction: str = "epsilon") -> Contender:
+def diffusers(images: LabelledImages, here: Runtime, options: Namespace, prediction: str = "epsilon") -> Contender:
     from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, UNet2DModel
     from diffusers.training_utils import EMAModel
 
@@ -75,11 +77,10 @@ def diffusers(digits: Digits, here: Runtime, options: Namespace, prediction: str
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3, betas=(0.95, 0.999), weight_decay=1e-6, eps=1e-8)
     average = EMAModel(network.parameters(), decay=0.9999, use_ema_warmup=True, inv_gamma=1.0, power=0.75)
     forward = compiled(lambda x, t, labels: network(x, t, class_labels=labels).sample, here)
-    classes = torch.bincount(digits.labels).tolist()
 
     def step(progress: float) -> None:
-        chosen = torch.randint(len(digits), (BATCH,), device=device)
-        x0, labels = to_unit(digits.images[chosen]), digits.labels[chosen]
+        chosen = torch.randint(len(images), (BATCH,), device=device)
+        x0, labels = to_unit(images.images[chosen]), images.labels[chosen]
         noise, t = torch.randn_like(x0), torch.randint(TIMESTEPS, (BATCH,), device=device)
         with here.autocast():
             answer = forward(noising.add_noise(x0, noise, t), t, labels)
@@ -90,8 +91,8 @@ def diffusers(digits: Digits, here: Runtime, options: Namespace, prediction: str
         optimizer.zero_grad()
         average.step(network.parameters())
 
-    def draw(count: int) -> tuple[Tensor, Tensor]:
-        labels = choose_labels(None, options.seed, range(count), classes).to(device)  # as ours
+    def sample(count: int) -> tuple[Tensor, Tensor]:
+        labels = choose_labels(None, options.seed, range(count), range(CLASSES)).to(device)  # as ours
         chunks = []
         average.store(network.parameters())
         average.copy_to(network.parameters())
@@ -107,7 +108,7 @@ def diffusers(digits: Digits, here: Runtime, options: Namespace, prediction: str
         network.train()
         return torch.cat(chunks), labels.cpu()
 
-    return Contender(network, step, draw)
+    return Contender(network, step, sample)
 
 
 CONTENDERS: dict[str, Callable[..., Contender]] = {
@@ -141,10 +142,10 @@ def show(report: dict[str, Any]) -> str:
 
 def compare(options: Namespace, here: Runtime) -> dict[str, Any]:
     """Measures what the report in options.out lacks, saves it there after each measurement, and returns it."""
-    digits, test = common.load_digits(common.config_of(options), here.device)
-    judge = common.Judge(digits, test, options.images)
+    images, test = dataset.load_both(common.config_of(options), here)
+    reference = common.make_reference(images, test, options.images)
     settings = {"steps": STEPS, "minutes": options.minutes, "clock": options.clock, "batch": BATCH,
-                "images": options.images, "seed": options.seed, "extractor": judge.extractor}
+                "images": options.images, "seed": options.seed, "classifier": reference.classifier.digest}
     machine = common.machine(here.device)
     report: dict[str, Any] = {"machine": machine, "settings": settings, "quality": []}
     if options.out.exists():
@@ -161,12 +162,12 @@ def compare(options: Namespace, here: Runtime) -> dict[str, Any]:
                 continue
             report["quality"] = kept
             torch.manual_seed(options.seed)
-            contender = CONTENDERS[name](digits, here, options)
+            contender = CONTENDERS[name](images, here, options)
             parameters, gflop = common.count(contender.network)
             for point, steps in train(contender, points, here, options.clock):
                 row = {"name": name, "minutes": point, "steps": steps, "parameters": parameters, "gflop": gflop,
-                       **judge(*contender.draw(options.images))}
-                print(f"{name}, {point:g} minutes: {row['frechet']:.2f} x floor, {row['sure']:.1%} sure", flush=True)
+                       **common.measured(reference, *contender.sample(options.images))}
+                print(f"{name}, {point:g} minutes: Fréchet {row['frechet']:.2f} x baseline", flush=True)
                 report["quality"].append(row)
                 options.out.write_text(json.dumps(report, indent=1) + "\n")
     return report
@@ -174,7 +175,7 @@ def compare(options: Namespace, here: Runtime) -> dict[str, Any]:
 
 def main(argv: list[str]) -> None:
     parser = common.Parser(__doc__, "--data-dir", "--device", "--seed", "--threads", "--images")
-    parser.add_argument("--minutes", type=float, default=10, help="of training for each; judged at 1/4 and 1/2 as well")
+    parser.add_argument("--minutes", type=float, default=10, help="of training for each; measured at 1/4 and 1/2, too")
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="cpu: the process's, over threads")
     parser.add_argument("--only", nargs="+", choices=CONTENDERS, default=list(CONTENDERS), help="train these alone")
     parser.add_argument("--out", type=Path, default=common.HERE / "peers.json", help="what is measured already is kept")

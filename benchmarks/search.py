@@ -1,13 +1,13 @@
-"""The search for the default recipe: sets of flags, each trained for the same seconds and scored by what it draws.
+"""The search for the default recipe: sets of flags, each trained for the same seconds and scored by its samples.
 
     python benchmarks/search.py --seconds 300 --only default adamw --seeds 3 --jobs 2 --keep FOLDER
     python benchmarks/search.py --table                       (only the table of what search.jsonl holds)
 
 A run has one thread and its time is CPU time, so that others on the machine cost a run little of it; on a GPU it is
-wall-clock. The learning rate decays over those seconds. The score is the Fréchet distance of 2,000 images drawn by the
-averaged weights with the default sampler, without guidance, over that of as many real ones (`yardstick.py`). Each run
-adds one line to search.jsonl; with --keep its averaged weights become FOLDER/RECIPE-sSEED.safetensors, for run.py's
---checkpoint. Runs compare only under one extractor; test losses only under one prediction, weighting and clip_loss.
+wall-clock. The learning rate decays over those seconds. The score is the Fréchet distance of 2,000 images, sampled from
+the averaged weights with the default sampler and without guidance, as a multiple of the baseline. Each run adds a line
+to search.jsonl; with --keep its averaged weights become FOLDER/RECIPE-sSEED.safetensors, for run.py's --checkpoint.
+Runs compare only under one classifier; test losses only under one prediction, weighting and clip_loss.
 """
 
 import argparse
@@ -19,13 +19,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import HERE, QUALITY, Judge, Parser, Trainee, config_of, load_digits, machine, quality, run_script, table
+from common import (
+    HERE,
+    QUALITY,
+    Parser,
+    Trainee,
+    config_of,
+    count,
+    machine,
+    make_reference,
+    measured,
+    quality,
+    run_script,
+    table,
+)
 
 import config as configs
-from model import count_parameters, gflop_per_image
-from record import test_loss
+import dataset
 from support import checkpoint, runtime
 from support.files import make_folder
+from training_log import test_loss
 
 # One knob at a time, and what the original paper has.
 RECIPES: dict[str, str] = {
@@ -56,35 +69,36 @@ RECIPES: dict[str, str] = {
 }
 
 
-def train_and_judge(task: tuple[str, int, argparse.Namespace]) -> dict[str, Any]:
-    """Trains one recipe with one seed for `options.seconds`, draws and scores; returns the line for search.jsonl."""
+def train_and_measure(task: tuple[str, int, argparse.Namespace]) -> dict[str, Any]:
+    """Trains one recipe with one seed for `options.seconds` and measures it; returns the line for search.jsonl."""
     name, seed, options = task
     torch.set_num_threads(1)
     config = config_of(options, "--seed", str(seed), *RECIPES[name].split())
     with runtime.start(config) as here:
-        digits, test = load_digits(config, here.device)
-        trainee = Trainee(config, here, digits, test)
+        train, test = dataset.load_both(config, here)
+        trainee = Trainee(config, here, train, test)
         clock = time.process_time if here.device.type == "cpu" else time.perf_counter
         losses = []
         began, began_wall = clock(), time.perf_counter()
         while (progress := (clock() - began) / options.seconds) < 1:
             losses.append(trainee.step(progress).item())
         seconds, wall = clock() - began, time.perf_counter() - began_wall
-        run, judge = trainee.run, Judge(digits, test, options.images)
-        run.history["seconds"] = seconds
-        levels = test_loss(run)
-        found = judge(*trainee.draw(options.images, guidance=1.0))
+        state, reference = trainee.state, make_reference(train, test, options.images)
+        state.history["seconds"] = seconds
+        levels = test_loss(state)
+        found = measured(reference, *trainee.sample(options.images, guidance=1.0))
     if options.keep is not None:
         path = options.keep / f"{name.replace(' ', '-')}-s{seed}.safetensors"
-        checkpoint.save(path, {"config": configs.stored(config), "model": None, "ema": run.average.state_dict(),
-                               "optimizer": None, "step": run.step, "history": run.history})
-    seen, last = run.step * config.train.batch_size, [loss for loss in losses[-100:] if math.isfinite(loss)]
+        checkpoint.save(path, {"config": configs.stored(config), "model": None, "optimizer": None, "step": state.step,
+                               "ema": state.learner.average.state_dict(), "history": state.history})
+    parameters, gflop = count(state.learner.network)
+    seen, last = state.step * config.train.batch_size, [loss for loss in losses[-100:] if math.isfinite(loss)]
     return {"recipe": name, "flags": RECIPES[name], "seconds": options.seconds, "wall": round(wall), "seed": seed,
-            "steps": run.step, "epochs": round(seen / len(digits), 3), "images_per_s": round(seen / seconds, 1),
-            "parameters": count_parameters(run.network), "gflop": round(gflop_per_image(config.model), 4),
+            "steps": state.step, "epochs": round(state.epoch(state.step), 3), "images_per_s": round(seen / seconds, 1),
+            "parameters": parameters, "gflop": round(gflop, 4),
             "train_loss": round(sum(last) / max(1, len(last)), 5),
-            "test_loss": round(sum(levels) / len(levels), 5), **found, "judged_on": options.images,
-            "extractor": judge.extractor, "machine": machine(here.device)}
+            "test_loss": round(sum(levels) / len(levels), 5), **found, "images": options.images,
+            "classifier": reference.classifier.digest, "machine": machine(here.device)}
 
 
 def show(path: Path) -> str:
@@ -115,11 +129,11 @@ def main(argv: list[str]) -> None:
         tasks = [(name, options.seed + i, options) for i in range(options.seeds) for name in options.only]
         # Each run has a process of its own, whose CPU time is then the run's.
         with multiprocessing.get_context("spawn").Pool(options.jobs, maxtasksperchild=1) as pool:
-            for row in pool.imap_unordered(train_and_judge, tasks, chunksize=1):
+            for row in pool.imap_unordered(train_and_measure, tasks, chunksize=1):
                 with options.out.open("a") as file:
                     file.write(json.dumps(row) + "\n")
                 run = f"{row['recipe']}, seed {row['seed']}"
-                print(f"{run}: {row['frechet']:.2f} x floor, {row['sure']:.1%} sure", flush=True)
+                print(f"{run}: Fréchet {row['frechet']:.2f} x baseline, {row['confident']:.1%} confident", flush=True)
     print(show(options.out))
 
 

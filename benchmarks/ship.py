@@ -1,16 +1,17 @@
-"""Makes what ships of a finished run: its averaged weights, and the digits of dataset/generated/ drawn with them.
+"""Makes what ships of a finished run: its averaged weights, and the digits of dataset/generated/ sampled from them.
 
     python benchmarks/ship.py weights checkpoints/mnist/last.safetensors
     python benchmarks/ship.py digits
 
 Weights are rounded to half precision (mode evaluate shows whether that costs anything) and hold nothing to train on.
 The digits are 1,000 of each, as four compressed IDX files, the last 1,000 for testing; the MD5s of the unpacked files
-are printed, and belong into GENERATED_MD5 in dataset.py.
+are printed, and belong into GENERATED_MD5 in support/idx.py.
 """
 
 import gzip
 import hashlib
 import struct
+from dataclasses import replace
 from operator import methodcaller
 from pathlib import Path
 
@@ -18,8 +19,9 @@ import numpy as np
 from common import Parser, config_of, run_script
 
 import dataset
-from drawing import Order, draw, guided, load_trained
-from support import checkpoint, runtime
+from dataset import to_uint8
+from sample import load_checkpoint, make_request, sample_images
+from support import checkpoint, idx, runtime
 from support.files import make_folder, write_atomically
 
 COUNT, TEST, SEED = 10_000, 1_000, 1
@@ -34,15 +36,14 @@ def ship_weights(source: Path) -> None:
 
 
 def ship_digits() -> None:
-    config = config_of(None, "--checkpoint", str(checkpoint.PRETRAINED))
+    config = config_of(None, "--mode", "sample")
     with runtime.start(config) as here:
-        trained = load_trained(config, here)
-        labels = trained.labels("0123456789", SEED, COUNT)
-        order = Order(guided(config.sample, trained, here), SEED, range(COUNT), labels)
-        images = runtime.to_uint8(draw(trained, order, here, progress=True))
+        model = load_checkpoint(checkpoint.PRETRAINED, here)
+        request = make_request(model, replace(config.sample, digits="0123456789"), SEED, COUNT)
+        images, labels = to_uint8(sample_images(model, request, progress=True)[0])[:, 0], request.labels
     make_folder(dataset.GENERATED)
     for split, part in (("train", slice(0, COUNT - TEST)), ("test", slice(COUNT - TEST, COUNT))):
-        for name, array in zip(dataset.FILES[split], (images[part, 0].numpy(), labels[part].numpy().astype(np.uint8))):
+        for name, array in zip(idx.FILES[split], (images[part].numpy(), labels[part].numpy().astype(np.uint8))):
             content = struct.pack(f">HBB{array.ndim}I", 0, 8, array.ndim, *array.shape) + array.tobytes()
             packed = gzip.compress(content, 9, mtime=0)
             write_atomically(dataset.GENERATED / f"{name}.gz", methodcaller("write", packed))

@@ -1,1 +1,1 @@
-"""What every mode uses and no idea changes: files, measures, optimizer, pictures, the machine. Knows `config` alone."""
+"""What every mode uses and no idea changes: checkpoints, files, pictures, devices, processes. Knows `config` alone."""

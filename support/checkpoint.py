@@ -7,11 +7,11 @@ last.safetensors is never absent once it was there, and previous.safetensors is 
 
 import contextlib
 import hashlib
-import itertools
 import json
 import os
 import shutil
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,22 +20,22 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from config import ROOT, UserError
-from support.files import write_atomically
+from config import RESERVED, ROOT, Config, UserError
+from support.files import set_aside, write_atomically
 
-FORMAT_VERSION = 2  # 1 was torch.save's .pt
+FORMAT_VERSION = 2
 KEYS = {"config": (dict,), "model": (dict, type(None)), "ema": (dict,), "optimizer": (dict, type(None)), "step": (int,),
         "history": (dict,), "version": (int,), "digest": (str,)}  # what a checkpoint holds, and of which types
-LAST, PREVIOUS, FIRST_VERSION = "last.safetensors", "previous.safetensors", "last.pt"
+FOLDER = Path("checkpoints")  # of one's own runs
+LAST, PREVIOUS = "last.safetensors", "previous.safetensors"
 PRETRAINED = ROOT / "checkpoints" / "pretrained.safetensors"
-ADVICE = "use another file, or train again with --fresh"
+ADVICE = "use another file, or train again"
 
 
 def save(path: Path, state: Mapping[str, Any]) -> None:
     """Writes a state: nested dicts, lists and tuples of tensors and plain values; its keys are KEYS but the last two.
 
-    Raises UserError if the file can't be written; the one that was there stays. The last.safetensors before becomes
-    previous.safetensors.
+    Raises UserError if it can't be written; the file that was there stays. An old last.safetensors becomes previous.*.
     """
     content = {key: state[key] for key in KEYS if key not in ("version", "digest")} | {"version": FORMAT_VERSION}
     tensors: dict[str, Tensor] = {}
@@ -49,16 +49,11 @@ def save(path: Path, state: Mapping[str, Any]) -> None:
 
 
 def _keep_previous(path: Path) -> None:
-    """Makes previous.* of last.*, by giving it a second name, so that neither is ever absent or half written."""
-    spare = path.with_name(f".{path.name}.previous.part")
-    if not path.exists():
-        return
-    try:
-        os.link(path, spare)
-    except OSError:  # a file system without hard links
+    """Copies last.* to previous.*, so that neither is ever absent or half written."""
+    if path.exists():
+        spare = path.with_name(f".{path.name}.previous.part")
         shutil.copyfile(path, spare)
-    os.replace(spare, path.with_name(PREVIOUS))
-    spare.unlink(missing_ok=True)  # a rename does nothing where both names were the same file already
+        os.replace(spare, path.with_name(PREVIOUS))
 
 
 def _outline(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
@@ -81,17 +76,15 @@ def _outline(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
     return value  # what JSON does not have, it refuses
 
 
-def _restored(text: str, tensors: Mapping[str, Tensor]) -> Any:
-    def restore(node: dict[str, Any]) -> Any:
-        if "$tensor" in node:
-            return tensors[node["$tensor"]]
-        if "$tuple" in node:
-            return tuple(node["$tuple"])
-        if "$numbered" in node:
-            return {int(key): item for key, item in node["$numbered"].items()}
-        return node
-
-    return json.loads(text, object_hook=restore)
+def _restored(node: dict[str, Any], tensors: Mapping[str, Tensor]) -> Any:
+    """What an object of that JSON stands for; the objects in it are restored already."""
+    if "$tensor" in node:
+        return tensors[node["$tensor"]]
+    if "$tuple" in node:
+        return tuple(node["$tuple"])
+    if "$numbered" in node:
+        return {int(key): item for key, item in node["$numbered"].items()}
+    return node
 
 
 def _digest(outline: Any, tensors: Mapping[str, Tensor]) -> str:
@@ -121,8 +114,8 @@ def load(path: Path) -> dict[str, Any]:
     if path.name == LAST:
         with contextlib.suppress(UserError):
             _load(previous)
-            problem += (f"; the one before it, {previous}, is whole: draw with --checkpoint {previous}, or rename it "
-                        f"to {LAST} to train on from there")
+            problem += (f"; the one before it, {previous}, is whole: sample with --checkpoint {previous}, or rename it "
+                        f"to {LAST} to resume the run from there")
     raise UserError(problem)
 
 
@@ -130,12 +123,12 @@ def _load(path: Path) -> dict[str, Any]:
     tensors, metadata = read_tensors(path, ADVICE)
     try:
         digest = _digest(json.loads(metadata["content"]), tensors)
-        state = _restored(metadata["content"], tensors) | {"digest": metadata["digest"]}
+        state = json.loads(metadata["content"], object_hook=partial(_restored, tensors=tensors))
+        state |= {"digest": metadata["digest"]}
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         raise UserError(f"{path}: not a checkpoint of this project (other metadata); {ADVICE}") from None
     if type(version := state.get("version")) is int and version > FORMAT_VERSION:
-        raise UserError(f"{path}: written by a later version of the project (format {version}, not {FORMAT_VERSION}); "
-                        "update the project")
+        raise UserError(f"{path}: written by a later version of the project (format {version}); update the project")
     wrong = [key for key in {**KEYS, **state} if type(state.get(key, ...)) not in KEYS.get(key, ())]
     wrong = wrong or [f"{part}.{name}" for part in ("model", "ema") for name, value in (state[part] or {}).items()
                       if type(name) is not str or not isinstance(value, Tensor)]
@@ -149,8 +142,7 @@ def _load(path: Path) -> dict[str, Any]:
 
 def read_tensors(path: Path, advice: str) -> tuple[dict[str, Tensor], dict[str, str]]:
     """All tensors of a safetensors file, by name, and its metadata; raises UserError, which ends with the advice."""
-    refuse_first_version(path)
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise UserError(f"{path}: there is no such file; {advice}")
     try:
         data = path.read_bytes()  # at once, since a run may replace the file; safe_open opens it twice
@@ -161,58 +153,76 @@ def read_tensors(path: Path, advice: str) -> tuple[dict[str, Tensor], dict[str, 
 
 
 def load_weights(network: nn.Module, weights: Mapping[str, Tensor], path: Path) -> None:
-    """Copies weights into a network, strictly; raises UserError naming the first one that does not fit it."""
-    own = network.state_dict()
-    kinds = [{name: f"{'float' if value.is_floating_point() else 'integer'} {tuple(value.shape)}"
-              for name, value in values.items()} for values in (weights, own)]
-    for name in {**own, **weights}:
-        here, there = (kind.get(name, "missing") for kind in kinds)
-        if here != there:
-            raise UserError(f"{path}: the weight {name!r:.80} is {here}, but {there} in the network that its config "
-                            f"describes and model.py makes; {ADVICE}")
-        if not torch.isfinite(weights[name].to(own[name].dtype)).all():
+    """Copies weights into a network, strictly; raises UserError for any that do not fit it or are not finite."""
+    try:
+        network.load_state_dict(dict(weights))
+    except RuntimeError as error:
+        raise UserError(f"{path}: its weights don't fit the network that its config describes and model.py makes "
+                        f"({' '.join(str(error).split()):.300}); {ADVICE}") from None
+    for name, value in network.state_dict().items():
+        if not torch.isfinite(value).all():
             raise UserError(f"{path}: the weight {name} is not finite; {ADVICE}")
-    network.load_state_dict(dict(weights))
 
 
-def find(name: str, explicit: Path | None) -> Path:
-    """The checkpoint that is meant: explicit, or the run's own, or the project's own; raises UserError without one."""
-    if explicit is not None:
-        return explicit / LAST if explicit.is_dir() else explicit
-    own = Path("checkpoints") / name / LAST
-    for path in (own, own.with_name(FIRST_VERSION), PRETRAINED):
-        if path.exists():
-            return path
-    raise UserError(f"{own}: there is no checkpoint yet, nor {PRETRAINED}; train first with --mode train, or name "
-                    "another with --checkpoint")
+def own(name: str) -> Path:
+    """The checkpoint of one's own run of that name."""
+    return FOLDER / name / LAST
 
 
-def refuse_first_version(path: Path) -> None:
-    if path.suffix == ".pt":
-        raise UserError(f"{path}: a checkpoint of the project's first version, which this one does not read; "
-                        "train again with --fresh or another --name, or use the version that wrote it")
+def other_runs() -> str:
+    """A sentence that lists one's own runs."""
+    names = sorted(path.parent.name for path in FOLDER.glob(f"*/{LAST}"))
+    return f" Runs in {FOLDER}/: {', '.join(names) or 'none'}."
+
+
+def find(config: Config) -> Path:
+    """The checkpoint of --checkpoint, --name or --dataset; else of the run mnist or generated; else the shipped one.
+
+    Raises UserError if the one that was asked for is not there.
+    """
+    if config.sample.checkpoint is not None:
+        return named(str(config.sample.checkpoint), "--checkpoint")
+    if config.name is not None or config.dataset != "auto":
+        flag, name = ("--dataset", str(config.dataset)) if config.name is None else ("--name", config.name)
+        if not is_there(own(name).parent):
+            raise UserError(f"{flag} {name}: there is no run of that name ({own(name)}).{other_runs()} Train it first, "
+                            "name another, or use --checkpoint pretrained for the weights that ship")
+        return own(name)
+    return next((own(name) for name in ("mnist", "generated") if is_there(own(name).parent)), PRETRAINED)
+
+
+def named(text: str, flag: str) -> Path:
+    """The checkpoint that a text names: "pretrained", a file, a folder of a run, or a run; raises UserError."""
+    if text.casefold() == RESERVED[0]:
+        return PRETRAINED
+    path = Path(os.path.expanduser(text))
+    for found in (path, path / LAST, own(text)):
+        if os.path.isfile(found):
+            return found
+    raise UserError(f"{flag} {text:.200}: there is no such checkpoint, nor a run of that name.{other_runs()} Name one "
+                    "of these, a file, or pretrained for the weights that ship")
+
+
+def results_folder(path: Path, digest: str) -> Path:
+    """Where results go: results/NAME for a run, results/shipped for the weights that ship, else results/FILE-DIGEST."""
+    if Path(os.path.realpath(path)) == PRETRAINED:
+        return Path("results", "shipped")
+    path = Path(os.path.abspath(path))
+    name = path.parent.name
+    if path == Path(os.path.abspath(own(name))) and name.casefold() not in RESERVED:
+        return Path("results", name)
+    stem = {LAST: name, PREVIOUS: f"{name}-previous"}.get(path.name, path.stem)
+    return Path("results", f"{stem[:100]}-{digest[:8]}")
 
 
 def is_there(folder: Path) -> bool:
-    """Whether a run has a checkpoint to go on from; raises UserError where it had one that is gone or too old."""
-    last, previous, first = (folder / name for name in (LAST, PREVIOUS, FIRST_VERSION))
-    if not last.exists() and previous.exists():
-        raise UserError(f"{last}: it is gone, but {previous} is there: rename it to {LAST} to go on from there, or use "
-                        "--fresh")
-    if not last.exists() and first.exists():
-        refuse_first_version(first)
-    return last.exists()
+    """Whether a run has a checkpoint, be it only the previous one, to which the error of `load` then points."""
+    return any(os.path.isfile(folder / name) for name in (LAST, PREVIOUS))
 
 
-def set_aside(folder: Path, results: Path) -> None:
-    """Keeps what an earlier run left under new names: checkpoints/NAME/old1-last.safetensors, results/NAME/old1/."""
-    number = next(n for n in itertools.count(1) if not [*folder.glob(f"old{n}-*"), *results.glob(f"old{n}")])
-    new = {path: results / f"old{number}" / path.name for path in results.iterdir() if path.is_file()}
-    new |= {path: folder / f"old{number}-{path.name}" for path in [*folder.glob("last.*"), *folder.glob("previous.*")]}
-    try:
-        for old_path, new_path in new.items():
-            new_path.parent.mkdir(exist_ok=True)
-            old_path.rename(new_path)
-    except OSError as error:
-        raise UserError(f"{folder}: its checkpoint can't be renamed for --fresh ({error.strerror}); make it writable, "
-                        "or choose another --name") from None
+def keep_old(folder: Path, results: Path) -> None:
+    """Keeps what an earlier run left: its checkpoints in checkpoints/NAME/old1/, its results in results/NAME/old1/."""
+    for place, paths in ((folder, [*folder.glob("last.*"), *folder.glob("previous.*")]),
+                         (results, [path for path in results.iterdir() if path.is_file()])):
+        if paths:
+            set_aside(paths, place)

@@ -3,7 +3,8 @@
 import contextlib
 import errno
 import os
-from collections.abc import Callable, Iterator
+import socket
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -11,14 +12,16 @@ import filelock
 
 from config import UserError
 
+LOCK, HOLDER = "lock", "lock-holder"  # in a run's folder; the second says which process holds the first
 
-def write_atomically(path: Path, write: Callable[[BinaryIO], Any],
-                     before: Callable[[Path], None] | None = None) -> None:
-    """Calls write(binary file) on a file beside path, which then takes its place.
 
-    Just before that, calls before(path). Raises UserError if it can't be written, and leaves path as it was.
+def write_atomically(path: Path, write: Callable[[BinaryIO], Any], before: Callable[[Path], Any] | None = None) -> None:
+    """Calls write(binary file) on a file beside path, and before(path); then the file takes the place of path.
+
+    A link stays, and its target is replaced. Raises UserError if path can't be written, and leaves it as it was.
     """
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    target = Path(os.path.realpath(path)) if path.is_symlink() else path
+    part = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:
         with open(part, "wb") as file:
             write(file)
@@ -26,8 +29,13 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], Any],
             os.fsync(file.fileno())
         if before is not None:
             before(path)
-        os.replace(part, path)
-        _sync_folder(path.parent)
+        os.replace(part, target)
+        with contextlib.suppress(OSError):  # so that it survives a power cut, where a folder can be synchronized
+            descriptor = os.open(target.parent, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
     except OSError as error:
         advice = {errno.ENOSPC: "free some space", errno.EDQUOT: "free some space",
                   errno.ENOENT: "make its folder first"}.get(error.errno or 0, "make it writable, or check the disk")
@@ -38,14 +46,20 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], Any],
             part.unlink(missing_ok=True)
 
 
-def _sync_folder(folder: Path) -> None:
-    """Makes a rename survive a power cut, where the system can."""
-    with contextlib.suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
+def write_results(folder: Path, writers: Mapping[str, Callable[[Path], None]]) -> list[Path]:
+    """Calls each writer of a picture or table with its path, and returns those written; others only cause a warning."""
+    written = []
+    for name, write in writers.items():
         try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+            write(folder / name)
+            written.append(folder / name)
+        except UserError as error:
+            print(f"WARNING: {error}", flush=True)
+    return written
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    write_atomically(path, lambda file: file.write(content))
 
 
 def make_folder(path: Path) -> Path:
@@ -56,14 +70,37 @@ def make_folder(path: Path) -> Path:
     return path
 
 
+def set_aside(paths: list[Path], folder: Path) -> Path:
+    """Moves files to the first of folder/old1, folder/old2, ... that is free, and returns it; raises UserError."""
+    place = next(place for n in range(1, 10**6) if not (place := folder / f"old{n}").exists())
+    try:
+        place.mkdir(parents=True)
+        for path in paths:
+            path.rename(place / path.name)
+    except OSError as error:
+        raise UserError(f"{folder}: can't set aside what it holds ({error.strerror}); choose another --name") from None
+    return place
+
+
 @contextlib.contextmanager
 def lock(folder: Path) -> Iterator[None]:
-    """Holds a run's folder; raises UserError if another process does. The system frees it, however a process ends."""
-    try:
-        held = filelock.FileLock(folder / "lock", timeout=0).acquire()
-    except filelock.Timeout:
-        raise UserError(f"another run of this name is going on ({folder}): wait, or choose another --name") from None
-    except (OSError, NotImplementedError) as error:
-        raise UserError(f"{folder}: can't be locked ({error}); make it writable, or choose another --name") from None
-    with held:
+    """Holds a run's folder; raises UserError if another process does. The system frees it when a process dies."""
+    path, holder = folder / LOCK, folder / HOLDER
+    with contextlib.ExitStack() as held:
+        try:
+            held.enter_context(filelock.FileLock(path, timeout=0).acquire())
+        except filelock.Timeout:
+            who = "an unknown process"
+            with contextlib.suppress(OSError):
+                who = holder.read_text("utf-8").strip()
+            raise UserError(f"another run of this name is going on ({who}, {folder}): wait, or choose another --name; "
+                            f"if that process has ended, delete {path}") from None
+        except (OSError, NotImplementedError) as error:
+            if isinstance(error, PermissionError) or getattr(error, "errno", None) == errno.EROFS:
+                raise UserError(f"{folder}: {error}; make it writable, or choose another --name") from None
+            print(f"WARNING: {folder} can't be locked ({error}); don't start a second run of this name.", flush=True)
+        else:
+            with contextlib.suppress(OSError):
+                holder.write_text(f"process {os.getpid()} on {socket.gethostname()}", "utf-8")
+                held.callback(holder.unlink, missing_ok=True)
         yield

@@ -1,15 +1,16 @@
 """Every picture and animation, as functions of arrays: images are uint8, 28x28, on the CPU (numpy or torch).
 
-Pillow alone lays out pixels, so that mode sample pays for no matplotlib. Knows nothing of networks or configs. Files
+Pillow alone lays out images, so that mode sample need not load matplotlib. Knows nothing of networks or configs. Files
 appear whole or not at all, in folders that are there, and carry `metadata` as PNG text or GIF comment.
 """
 
-import math
+import os
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -18,8 +19,8 @@ from PIL import Image, ImageDraw, ImageFilter, ImageFont, PngImagePlugin
 from support.files import write_atomically
 
 DPI = 128  # of figures; a power of two, so that none of their sizes in pixels is rounded
-PAPER, INK = 255, 40  # grey levels
-BLUE, ORANGE, GREEN, GREY = "#0072b2", "#d55e00", "#009e73", "#8a8a8a"  # safe for the colour-blind (Okabe and Ito)
+PAPER, TEXT = 255, 40  # grey levels
+BLUE, GREEN, GREY = "#0072b2", "#009e73", "#8a8a8a"  # safe for the colour-blind (Okabe and Ito)
 STYLE: Any = {  # min_exponent: plain numbers on log axes, such as 0.01
     "figure.dpi": DPI, "figure.labelsize": "medium", "font.size": 12, "legend.frameon": False, "axes.axisbelow": True,
     "axes.titlelocation": "left", "axes.titlesize": 13, "axes.spines.top": False, "axes.spines.right": False,
@@ -28,7 +29,7 @@ STYLE: Any = {  # min_exponent: plain numbers on log axes, such as 0.01
 LANDMARK: Any = {"color": "black", "linewidth": 1, "linestyle": (0, (4, 3))}  # a line at the value to compare with
 FLAT_LOSS = ("A curve that soon looks flat is normal: most of the loss is noise that no network can predict.\n"
              "Pictures go on improving while it falls by a few per cent, so judge a run by them and by mode evaluate.")
-INK_LEVEL = 100  # a pixel at least this bright is part of a stroke
+STROKE_LEVEL = 100  # a pixel at least this bright is part of a stroke
 GAP = 5  # columns from one digit's stroke to the next one's, where they come closest: 4 stay empty
 OVERLAP = 4  # pixels by which one digit may reach over its neighbour, as a 7 over a 4
 
@@ -50,34 +51,13 @@ def save_process(path: Path, states: ArrayLike, timesteps: Sequence[int], metada
     _save_png(path, _page([[_text(f"t = {t}", 84, 28) for t in timesteps], *zip(*columns, strict=True)], 4), metadata)
 
 
-def save_neighbours(path: Path, generated: ArrayLike, nearest: ArrayLike, distances: Sequence[float],
+def save_neighbours(path: Path, sampled: ArrayLike, nearest: ArrayLike, distances: Sequence[float],
                     metadata: Mapping[str, str]) -> None:
-    """PNG of pairs: generated images [n, 1, 28, 28] above their nearest training images, with distances [n] below."""
-    rows = [[_text("generated", 100, 112, "r"), *_tiles(generated, 4)],
-            [_text("nearest\ntraining\nimage", 100, 112, "r"), *_tiles(nearest, 4)],
-            [_text("distance", 100, 28, "r"), *(_text(f"{distance:.2f}", 112, 28) for distance in distances)]]
+    """PNG of pairs: sampled images [n, 1, 28, 28] above their nearest training images, with distances [n] below."""
+    rows = [[_text("sampled", 100, 112, right=True), *_tiles(sampled, 4)],
+            [_text("nearest\ntraining\nimage", 100, 112, right=True), *_tiles(nearest, 4)],
+            [_text("distance", 100, 28, right=True), *(_text(f"{distance:,.0f}", 112, 28) for distance in distances)]]
     _save_png(path, _page(rows, 6), metadata)
-
-
-def save_sweep(path: Path, cells: Mapping[tuple[str, int], ArrayLike], seconds: Mapping[tuple[str, int], float],
-               quality: Mapping[tuple[str, int], float], metadata: Mapping[str, str]) -> None:
-    """PNG table of samplers (rows) and steps (columns), each with the same few digits [n, 1, 28, 28] or blank.
-
-    Below them: seconds per 256 images and, in `quality`, a distance to real digits over its floor.
-    """
-    blocks = {}
-    for key, images in cells.items():
-        grid = _tiles(to_grid(images, 4), 2)[0]
-        notes = (np.format_float_positional(x, 3, fractional=False, trim="-") for x in (seconds[key], quality[key]))
-        blocks[key] = np.vstack([grid, _text("{} s   {}x".format(*notes), grid.shape[1], 44, size=28)])
-    blank = np.full_like(blocks[key], PAPER)
-    steps = sorted({step for _, step in cells})
-    rows = [[_text("Same seeds in every cell. Below: seconds per 256 images and distance to real digits "
-                   "(1x: as close as other real ones)", 1500, 44, "l", 28)],
-            [_text("", 170, 40), *(_text(f"{n} step{'s' * (n > 1)}", len(blank[0]), 40, size=28) for n in steps)]]
-    for sampler in dict.fromkeys(sampler for sampler, _ in cells):
-        rows.append([_text(sampler, 170, len(blank), "r", 28), *(blocks.get((sampler, step), blank) for step in steps)])
-    _save_png(path, _page(rows, 12), metadata)
 
 
 def save_animation(path: Path, states: ArrayLike, metadata: Mapping[str, str]) -> None:
@@ -104,15 +84,15 @@ def save_number(path: Path, digits: ArrayLike, metadata: Mapping[str, str]) -> N
 def set_in_line(digits: ArrayLike, margin: int = 6) -> np.ndarray:
     """Digits [N, 1, 28, 28] on one baseline, GAP apart where they come closest -> uint8 [H, W].
 
-    White on black as they come, with `margin` pixels around the ink. A digit without any ink leaves a space.
+    White on black as they come, with `margin` pixels around the strokes. A digit without any stroke leaves a space.
     """
     tiles = _tiles(digits)
     line = np.zeros((2 * margin + 56, 36 * (len(tiles) + 2)), np.uint8)
     near = np.argwhere(np.hypot(*np.ogrid[-GAP:GAP + 1, -GAP:GAP + 1]) < GAP).T[:, None] - GAP  # a disc [2, 1, n]
-    taken = np.zeros(line.shape, bool)  # pixels nearer than GAP to the ink so far
-    base, end = margin + 27, 28 + OVERLAP  # row of every digit's lowest ink, column of the last digit's rightmost
+    taken = np.zeros(line.shape, bool)  # pixels nearer than GAP to the strokes so far
+    base, end = margin + 27, 28 + OVERLAP  # row of every digit's lowest stroke, column of the last digit's rightmost
     for tile in tiles:
-        rows, cols = np.nonzero(tile >= INK_LEVEL)
+        rows, cols = np.nonzero(tile >= STROKE_LEVEL)
         if len(rows) == 0:
             taken, end = np.roll(taken, 12, axis=1), end + 12
             continue
@@ -122,7 +102,7 @@ def set_in_line(digits: ArrayLike, margin: int = 6) -> np.ndarray:
         np.maximum(line[y:y + 28, x:x + 28], tile, out=line[y:y + 28, x:x + 28])
         taken[rows[:, None] + y + near[0], cols[:, None] + x + near[1]] = True
         end = x + cols.max()
-    rows, cols = np.nonzero(line >= INK_LEVEL)
+    rows, cols = np.nonzero(line >= STROKE_LEVEL)
     if len(rows) == 0:
         return line[:, :end]
     return line[rows.min() - margin:rows.max() + margin + 1, cols.min() - margin:cols.max() + margin + 1]
@@ -130,7 +110,7 @@ def set_in_line(digits: ArrayLike, margin: int = 6) -> np.ndarray:
 
 def save_losses(path: Path, columns: Mapping[str, Any], reference: Mapping[str, Any] | None,
                 metadata: Mapping[str, str], epoch_size: int) -> None:
-    """PNG that answers "is my loss normal?": loss over images seen, and loss by noise level, first and last.
+    """PNG that answers "is my loss normal?": loss over images seen, and test loss by noise level, first and last.
 
     `columns` are those of metrics.csv: images, train_loss, test_loss, and test_loss_tA-B for timesteps A to B.
     `reference`: those of the run of the shipped weights, drawn in grey. epoch_size: images in an epoch.
@@ -141,97 +121,84 @@ def save_losses(path: Path, columns: Mapping[str, Any], reference: Mapping[str, 
         curve, levels = figure.subplots(1, 2)
         curve.set(title="Loss while training", xlabel="training images seen")
         if reference:
-            curve.loglog(reference["images"], reference["test_loss"], ".-", color=GREY, label="shipped weights")
-        curve.loglog(seen, columns["train_loss"], ".-", color=BLUE, linewidth=1, label="training (see --focus)")
-        curve.loglog(seen, columns["test_loss"], ".-", color=ORANGE, label="test")
-        curve.xaxis.set_major_formatter(lambda x, _: f"{x / 1e6:g}M" if x >= 1e6 else f"{x / 1e3:g}k")
+            curve.loglog(reference["images"], reference["test_loss"], color=GREY, label="test loss, shipped weights")
+        curve.loglog(seen, columns["train_loss"], color=GREEN, linewidth=1, label="training loss (see --focus)")
+        curve.loglog(seen, columns["test_loss"], ".-" if len(seen) < 30 else "-", color=BLUE, label="test loss")
+        curve.xaxis.set_major_formatter(
+            lambda x, _: f"{x / 1e6:g}M" if x >= 1e6 else f"{x / 1e3:g}k" if x >= 1e4 else f"{x:g}")
         curve.secondary_xaxis(-0.2, functions=(lambda x: x / epoch_size, lambda x: x * epoch_size), xlabel="epochs")
         curve.legend()
         levels.set(title="Test loss by noise level", xlabel="timestep t (0: clean, T: noise)")
         ranges = [name.removeprefix("test_loss_t") for name in names]
-        levels.semilogy(ranges, losses, color=BLUE, alpha=0.2, linewidth=1)
         if reference and all(name in reference for name in names):
             levels.semilogy(ranges, [reference[name][-1] for name in names], color=GREY, label="shipped weights")
-        for row, colour in ((0, ORANGE), (-1, BLUE))[-len(seen):]:  # the first and the last
-            levels.semilogy(ranges, losses[:, row], ".-", color=colour, label=f"after {seen[row]:,} images")
+        for row, style in ((0, ":"), (-1, ".-")):  # the first and the last
+            levels.semilogy(ranges, losses[:, row], style, color=BLUE, label=f"after {seen[row]:,} images")
         levels.tick_params(axis="x", rotation=35)
         levels.legend()
         figure.supxlabel(FLAT_LOSS, x=0.01, ha="left")
 
 
 def save_evaluation(path: Path, report: Mapping[str, Any], metadata: Mapping[str, str]) -> None:
-    """PNG of one page with a panel for each of these keys of the report, of which only the last may be missing.
+    """PNG of one page, with a panel for each part of the report.
 
-    distances_over_floor and other_writers (in one): name -> (ratio, error or None); histogram: model, asked -> counts
-    [10]; manifold: row -> precision, recall, coverage; neighbours: model, test -> distances [N]; by_timestep: t, bits.
+    ratios and test_ratios (in one): name -> (multiple of the baseline, error or None); histogram: model, asked ->
+    counts of the classes; overlap: row -> precision, recall, coverage; neighbours: model, test -> distances [N].
     """
-    mosaic = [["distances", "digits"], ["manifold", "neighbours"]]
-    if "by_timestep" in report:
-        mosaic = [["distances", "digits", "manifold"], ["distances", "neighbours", "bits"]]
-    with open_figure(path, 660 * len(mosaic[0]), 1080, metadata) as figure:
-        panels = figure.subplot_mosaic(mosaic)
-        axes = panels["distances"]
-        for key, label, colour, marker in (("other_writers", "test set (other writers)", GREY, "D"),
-                                           ("distances_over_floor", "generated", BLUE, "o")):
-            ratios, errors = np.array([*report[key].values()], float).T  # None becomes nan
-            axes.errorbar(ratios, [*report[key]], xerr=errors, fmt=marker, color=colour, capsize=2, label=label)
-        axes.axvline(1, label="real images", **LANDMARK)
-        axes.set(title="Distance to the training images", xlabel="times that of other real images", xscale="log",
-                 ylim=(len(ratios) - 0.4, -0.42 * len(ratios)))  # downwards, with room for the legend
-        axes.legend(loc="upper right")
-        axes, histogram = panels["digits"], report["histogram"]
+    with open_figure(path, 1320, 1080, metadata) as figure:
+        panels = figure.subplot_mosaic([["distances", "classes"], ["overlap", "neighbours"]])
+        axes, names = panels["distances"], [*report["ratios"]]
+        for key, label, colour, marker in (("test_ratios", "test set", GREY, "D"), ("ratios", "sampled", BLUE, "o")):
+            values, errors = np.array([report[key].get(name, (None, None)) for name in names], float).T  # None: nan
+            axes.errorbar(values, range(len(names)), xerr=errors, fmt=marker, color=colour, capsize=2, label=label)
+        for place, name in enumerate(names):
+            if name not in report["test_ratios"]:
+                axes.text(0.99, place, "too few test images", color=GREY, fontsize="small", ha="right", va="center",
+                          transform=axes.get_yaxis_transform())
+        axes.axvline(1, label="real images (baseline)", **LANDMARK)
+        axes.set(title="Distance to the training images", xlabel="times the baseline", xscale="log",
+                 yticks=range(len(names)), yticklabels=names,
+                 ylim=(len(names) - 0.4, -0.42 * len(names)))  # downwards, with room for the legend
+        axes.legend(loc="upper right", frameon=True, framealpha=1, edgecolor="none")  # over the landmark
+        axes, histogram = panels["classes"], report["histogram"]
         _draw_bars(axes, {label: 100 * np.asarray(histogram[key]) / np.sum(histogram[key])
-                          for label, key in (("generated", "model"), ("asked for", "asked"))}, range(10))
-        axes.set(title="Digits drawn", xlabel="class, as the classifier reads it", ylabel="share (%)")
-        axes, measures = panels["manifold"], ("precision", "recall", "coverage")
-        _draw_bars(axes, {name: [row[measure] for measure in measures] for name, row in report["manifold"].items()},
-                   measures, "%.2f")
+                          for label, key in (("sampled", "model"), ("asked for", "asked"))}, report["classes"])
+        axes.set(title="Classes", xlabel="class, as the classifier reads it", ylabel="share (%)")
+        axes, shares = panels["overlap"], ("precision", "recall", "coverage")
+        _draw_bars(axes, {name: [row[share] for share in shares] for name, row in report["overlap"].items()}, shares,
+                   "%.2f")
         axes.set(title="Fidelity and variety", ylabel="share", yticks=np.linspace(0, 1, 6))
         axes, values = panels["neighbours"], [np.asarray(report["neighbours"][key]) for key in ("model", "test")]
-        labels = [*map("{} (median {:.3g})".format, ("generated", "test images"), map(np.median, values))]
+        labels = [*map("{} (median {:.4g})".format, ("sampled", "test images"), map(np.median, values))]
         axes.hist(values, 40, weights=[np.full(len(v), 100 / len(v)) for v in values], histtype="stepfilled",
                   alpha=0.5, color=(BLUE, GREY), label=labels)
         axes.margins(y=0.3)  # room for the legend
         axes.set(title="Nearest training image", xlabel="distance", ylabel="share of images (%)")
         axes.legend()
-        if axes := panels.get("bits"):
-            axes.loglog(report["by_timestep"]["t"], report["by_timestep"]["bits"], ".-", color=BLUE)
-            axes.set(title="Where the bits go", xlabel="timestep t", ylabel="bits/dim of each timestep")
 
 
 def save_comparison(path: Path, pairs: tuple[ArrayLike, ArrayLike], names: tuple[str, str],
-                    rows: Sequence[tuple[str, float, float, Any, Any, str]], metadata: Mapping[str, str]) -> None:
-    """PNG for "did a change help?": what two models draw from the same seeds, and how far each measure moved.
+                    rows: Sequence[tuple[str, bool, float, float, float]], metadata: Mapping[str, str]) -> None:
+    """PNG for "did a change help?": images of two models from the same seeds, and how far each metric moved.
 
-    pairs: both models' images [n, 1, 28, 28]; rows: (label, value of the first, of the second, low, high, verdict),
-    with low..high the 95% interval of second - first. A row whose first value is 0, or low or high None, is left out.
+    pairs: both models' images [n, 1, 28, 28]; rows: (label, whether it is a distance, change, low, high) with the 95%
+    interval low..high of the change, which is relative for distances and absolute for shares.
     """
-    tiles = np.hstack([_tiles(images, 3) for images in pairs])  # [n, 2 * 84, 84]
-    columns = math.ceil(len(tiles) / math.ceil(len(tiles) / 16))
-    heads = np.vstack([_text(textwrap.fill(name, 18), 200, 84, "r") for name in names])
-    page = _page([[heads, *tiles[start:start + columns]] for start in range(0, len(tiles), columns)], 8)
-    rows = [row for row in rows if row[1] and np.isfinite(np.array(row[1:5], float)).all()]
-    height = len(page) + (130 + 50 * len(rows) if rows else 0)
+    heads = np.vstack([_text(textwrap.fill(name, 18), 200, 84, right=True) for name in names])
+    page = _page([[heads, *np.hstack([_tiles(images, 3) for images in pairs])]], 8)
+    parts = [[row for row in rows if row[1] == distance] for distance in (True, False)]
+    height = len(page) + 130 + 55 * max(map(len, parts))
     with open_figure(path, max(1200, page.shape[1]), height, metadata) as figure:
         figure.figimage(np.dstack([page] * 3), 0, height - len(page))  # RGB, so that each grey level stays
-        if rows:
-            figure.get_layout_engine().set(rect=(0, 0, 1, 1 - len(page) / height))
-            _draw_intervals(figure.subplots(), rows)
-
-
-def _draw_intervals(axes: Any, rows: Sequence[tuple[str, float, float, Any, Any, str]]) -> None:
-    """A forest plot of relative differences in per cent, in decades beyond 1: distances move far more than shares."""
-    moves = 100 * np.array([((b - a) / abs(a), low / abs(a), high / abs(a)) for _, a, b, low, high, _ in rows])
-    for (name, *_, verdict), (move, low, high) in zip(rows, moves, strict=True):
-        hue = {"better": GREEN, "worse": ORANGE}.get(verdict, GREY)
-        axes.plot([low, move, high], [name] * 3, "o-", markevery=[1], color=hue, linewidth=3)
-        axes.text(1.03, name, f"{verdict} ({move:+.1f}%)", color=hue, va="center", transform=axes.get_yaxis_transform())
-    axes.axvline(0, **LANDMARK)
-    limit = max(2, 1.3 * np.abs(moves).max())
-    axes.set_xscale("symlog", linthresh=1)
-    axes.set(xlim=(-limit, limit), ylim=(len(rows) - 0.4, -0.6),
-             xlabel="change from the upper model to the lower one (%), with its 95% interval")
-    axes.xaxis.set_major_formatter("{x:g}")
+        figure.get_layout_engine().set(rect=(0, 0, 1, 1 - len(page) / height))
+        for axes, part, unit in zip(figure.subplots(1, 2), parts, ("distances: change (%)", "shares: change (points)")):
+            for name, _, change, low, high in part:  # cut off at 100 on either side, where an arrow points on
+                marker = ">" if change > 1 else "<" if change < -1 else "o"
+                axes.plot(np.clip([100 * low, 100 * change, 100 * high], -100, 100), [name] * 3, f"{marker}-",
+                          markevery=[1], color=BLUE if low > 0 or high < 0 else GREY, linewidth=3)
+            axes.axvline(0, **LANDMARK)
+            limit = min(105, max([1, *(110 * abs(end) for row in part for end in row[2:])]))
+            axes.set(xlim=(-limit, limit), ylim=(len(part) - 0.4, -0.6), xlabel=f"{unit} from upper to lower")
 
 
 def looks_broken(images: ArrayLike, mean: float = 0.1307, std: float = 0.3081) -> str | None:
@@ -255,13 +222,14 @@ def _tiles(images: ArrayLike, scale: int = 1) -> np.ndarray:
     return array.reshape(-1, *array.shape[-2:]).repeat(scale, axis=-2).repeat(scale, axis=-1)
 
 
-def _text(text: str, width: int, height: int, side: str = "m", size: int = 20) -> np.ndarray:
-    """A tile [height, width] with text (ASCII) at its left, middle or right edge, smaller where it has to be."""
+def _text(text: str, width: int, height: int, right: bool = False) -> np.ndarray:
+    """A tile [height, width] with text (ASCII), centred or at the right edge, smaller where it has to be."""
     page = Image.new("L", (width, height), PAPER)
     draw = ImageDraw.Draw(page)
-    _, _, wide, high = draw.textbbox((0, 0), text, font=ImageFont.load_default(size))
-    font = ImageFont.load_default(size * min(1, (width - 4) / max(1, wide), height / max(1, high)))
-    draw.text(({"l": 0, "m": width / 2, "r": width}[side], height / 2), text, INK, font, side + "m", align="right")
+    _, _, wide, high = draw.textbbox((0, 0), text, font=ImageFont.load_default(20))
+    font = ImageFont.load_default(20 * min(1, (width - 4) / max(1, wide), height / max(1, high)))
+    place, anchor = ((width, height / 2), "rm") if right else ((width / 2, height / 2), "mm")
+    draw.text(place, text, TEXT, font, anchor, align="right")
     return np.asarray(page)
 
 
@@ -274,29 +242,31 @@ def _page(rows: Sequence[Sequence[np.ndarray] | np.ndarray], gap: int, paper: in
 
 
 def _draw_bars(axes: Any, rows: Mapping[str, ArrayLike], names: Sequence[Any], numbers: str = "") -> None:
-    """Bars in groups, one for each name: up to 3 rows, name -> heights; `numbers`: the format of one above each bar."""
+    """Groups of bars, one for each name: two rows, label -> heights; `numbers`: format of the number above a bar."""
     for k, (label, heights) in enumerate(rows.items()):
         places = np.arange(len(names)) + 0.8 * ((k + 0.5) / len(rows) - 0.5)
-        bars = axes.bar(places, heights, 0.74 / len(rows), color=(BLUE, GREY, ORANGE)[k], label=label)
+        bars = axes.bar(places, heights, 0.74 / len(rows), color=(BLUE, GREY)[k], label=label)
         axes.bar_label(bars, fmt=numbers, fontsize="small", padding=2)
     axes.set_xticks(range(len(names)), names)
     axes.margins(y=0.35)  # room for the legend
-    axes.legend(ncols=3, loc="upper center")
+    axes.legend(ncols=2, loc="upper center")
 
 
 @contextmanager
 def open_figure(path: Path, width: int, height: int, metadata: Mapping[str, str]) -> Iterator[Any]:
-    """A matplotlib figure (sizes in pixels) in the project's style, written to `path` when the block ends."""
-    import matplotlib.figure
-
-    with matplotlib.rc_context(STYLE):
+    """A matplotlib figure (sizes in pixels) without the user's own settings, written to `path` when the block ends."""
+    with mock.patch.dict(os.environ):
+        os.environ.pop("MPLBACKEND", None)  # of a notebook, say: one that is not there would end the import
+        import matplotlib.figure
+    with matplotlib.rc_context({**matplotlib.rcParamsDefault, "backend": "agg", **STYLE}):
         figure = matplotlib.figure.Figure((width / DPI, height / DPI), layout="constrained")
         yield figure
-        write_atomically(path, lambda file: figure.savefig(file, metadata={"Software": None, **metadata}))
+        text = {"Software": None, **metadata}
+        write_atomically(path, lambda file: figure.savefig(file, format="png", metadata=text))
 
 
 def _save_png(path: Path, pixels: ArrayLike, metadata: Mapping[str, str]) -> None:
     text = PngImagePlugin.PngInfo()
     for key, value in metadata.items():
-        text.add_text(key, value)
+        text.add_text(key, value.encode("utf-8", "replace").decode())  # a file name need not be valid Unicode
     write_atomically(path, lambda file: Image.fromarray(np.asarray(pixels, np.uint8)).save(file, "PNG", pnginfo=text))

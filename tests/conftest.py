@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from support.metrics import frechet_from_moments
+from evaluation.metrics import frechet_from_moments
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ["--channels", "8", "8", "16", "--blocks", "1", "1", "1", "--embedding", "16", "--groups", "4"]

@@ -1,6 +1,7 @@
 """Real processes of the program at little cost: forked from a server that has imported torch, so each starts at once.
 
-They can be killed, sent signals and joined as ranks of one run, like `python run.py`; what they say goes to files.
+They can be killed, sent signals and joined as ranks of one run, like `python run.py`. Their output goes to files, or
+into pipes whose reader goes away.
 """
 
 import atexit
@@ -24,14 +25,20 @@ import torch
 from support import checkpoint
 from tests.conftest import ROOT
 
-PRELOADED = ["run", "train", "evaluate", "torch._dynamo", "matplotlib.figure", "matplotlib.backends.backend_agg"]
+PRELOADED = ["run", "train", "evaluation.compare", "torch._dynamo", "matplotlib.figure",
+             "matplotlib.backends.backend_agg"]
 
 
 class Program:
     """One process of `python run.py FLAGS` in a folder."""
 
-    def __init__(self, folder: Path, flags: list[str], changes: dict[str, Any], environment: dict[str, str]) -> None:
+    def __init__(self, folder: Path, flags: list[str], changes: dict[str, Any], environment: dict[str, str],
+                 piped: bool = False) -> None:
         self.said = Path(tempfile.mkdtemp(prefix="said-"))
+        self.readers: list[int] = []
+        for name in ("output", "errors") if piped else ():
+            os.mkfifo(self.said / name)
+            self.readers.append(os.open(self.said / name, os.O_RDONLY | os.O_NONBLOCK))
         self.process = context().Process(target=_main, args=(folder, flags, changes, environment, self.said),
                                          daemon=True)
         self.process.start()
@@ -46,7 +53,7 @@ class Program:
         return self._read("errors")
 
     def _read(self, name: str) -> str:
-        text = (self.said / name).read_text() if (self.said / name).exists() else ""
+        text = (self.said / name).read_text() if (self.said / name).is_file() else ""
         lines = text.splitlines(keepends=True)
         return "".join(line for line in lines if not line.startswith("[Gloo] "))  # torch 2.9 says it's connected
 
@@ -57,9 +64,21 @@ class Program:
         if self.running():
             os.kill(self.process.pid, number)
 
+    def hang_up(self) -> None:
+        """Ends the reader of its output, as of `| tee log`: from then on whatever it writes fails."""
+        for reader in self.readers:
+            os.close(reader)
+        self.readers.clear()
+
     def kill(self) -> None:
         self.process.kill()
         self.process.join()
+
+    def wait_for(self, condition: Callable[[], Any], seconds: float = 100) -> None:
+        """Waits until the condition holds, which has to be before the process ends."""
+        met: list[Any] = []
+        wait_for(lambda: met.append(condition()) or met[-1] or not self.running(), seconds)
+        assert met[-1], (self.process.exitcode, self.output[-2000:], self.errors[-2000:])
 
     def finish(self, status: int = 0, seconds: float = 300) -> str:
         """Waits for the end, which has to come with that status and without a traceback; returns the output."""
@@ -76,9 +95,10 @@ class Program:
         return [line for line in self.errors.splitlines() if line.startswith("error: ")]
 
 
-def start(folder: Path, *flags: str, changes: dict[str, Any] | None = None, **environment: str) -> Program:
-    """`changes` are set before it runs, such as {"train.SAVE_SECONDS": 0.0}."""
-    return Program(folder, list(flags), changes or {}, environment)
+def start(folder: Path, *flags: str, changes: dict[str, Any] | None = None, piped: bool = False,
+          **environment: str) -> Program:
+    """`changes` are set before it runs, such as {"train.SAVE_SECONDS": 0.0}; piped: it writes into pipes, unread."""
+    return Program(folder, list(flags), changes or {}, environment, piped)
 
 
 def start_ranks(folder: Path, world: int, *flags: str, changes: dict[str, Any] | None = None) -> list[Program]:

@@ -3,25 +3,34 @@
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import pydantic
 import pytest
+import torch
 
 import config as configs
 import dataset
-from config import Config, UserError
+from config import Config, SampleConfig, UserError
 from run import main
+from sample import load_checkpoint, make_request, sample_images
+from support import checkpoint, idx
+from support.runtime import Runtime
 from tests.conftest import ROOT
+
+CPU = Runtime(torch.device("cpu"), bf16=False, compile=False)
 
 # Flags, and a piece of the one line that answers them.
 BAD_FLAGS = [
     (["--mode", "sampel"], "--mode"),
     (["--mode"], "--mode"),
     (["--mode", ""], "--mode"),
-    (["train"], "train"),
+    (["train"], "Perhaps you meant --mode train."),
+    (["sample"], "Perhaps you meant --mode sample."),
     (["--moode", "train"], "--mode"),
     (["--epochs", "ten"], "--epochs"),
     (["--epochs", "1.5"], "--epochs"),
@@ -74,14 +83,15 @@ BAD_FLAGS = [
     (["--variance", "upper"], "only ddpm"),
     (["--guidance", "-1"], "--guidance -1"),
     (["--guidance", "2", "--digits", "none"], "--guidance 2"),
-    (["--guidance-interval", "750", "250"], "--guidance-interval 750 250"),
+    (["--guidance-interval", "450", "600"], "--guidance-interval 450.0 600.0"),
+    (["--guidance-interval", "0.6", "0.3"], "--guidance-interval 0.6 0.3"),
     (["--spacing", "even"], "--spacing"),
-    (["--digits", "12a"], "--digits 12a"),
+    (["--digits", "12a"], "--digits 12a: give classes, such as 7 or 0123456789, or none"),
     (["--digits", ""], "--digits"),
     (["--digits", "1 2"], "--digits 1 2"),
-    (["--write", "3.14"], "--write 3.14"),
-    (["--write", ""], "--write"),
-    (["--write", "1" * 65], "--write"),
+    (["--mode", "sample", "--write", "3.14"], "--write 3.14: give a number of 1 to 64 digits"),
+    (["--mode", "sample", "--write", ""], "--write"),
+    (["--mode", "sample", "--write", "1" * 65], "--write"),
     (["--num-images", "0"], "--num-images 0"),
     (["--num-images", "many"], "--num-images"),
     (["--seed", "-1"], "--seed -1"),
@@ -92,6 +102,12 @@ BAD_FLAGS = [
     (["--name", ""], "--name"),
     (["--name", "a" * 101], "--name"),
     (["--name", "pretrained"], "--name pretrained"),
+    (["--name", "Pretrained"], "--name Pretrained"),
+    (["--name", "shipped"], "--name shipped"),
+    (["--name", os.fsdecode(b"a\xff")], "is not UTF-8"),
+    (["--mode", "sample", "--checkpoint", os.fsdecode(b"a\xff")], "is not UTF-8"),
+    (["--mode", "compare", "--runs", "a", os.fsdecode(b"\xff")], "is not UTF-8"),
+    (["--data-dir", os.fsdecode(b"\xff")], "is not UTF-8"),
     (["--grad-clip", "nan"], "--grad-clip nan"),
     (["--device", "tpu"], "--device tpu"),
     (["--device", "cuda:x"], "--device cuda:x"),
@@ -99,7 +115,7 @@ BAD_FLAGS = [
     (["--compile", "maybe"], "--compile"),
     (["--dataset", "cifar"], "--dataset"),
     (["--fresh", "maybe"], "maybe"),
-    (["--sweep=3"], "Unrecognized options: 3"),
+    (["--sweep=3"], "Unrecognized options: --sweep=3. See"),
 ]
 
 
@@ -143,11 +159,66 @@ def test_help_lists_every_field_with_its_default() -> None:
 
 
 def test_flags_override_defaults_and_keep_the_rest() -> None:
-    config = configs.parse(["--mode", "sample", "--num-images", "64", "--seed", "3", "--channels", "8", "16", "24",
-                            "--attention"])
-    assert (config.mode, config.sample.num_images, config.seed) == ("sample", 64, 3)
+    config = configs.parse(["--num-images", "64", "--seed", "3", "--channels", "8", "16", "24", "--attention"])
+    assert (config.mode, config.sample.num_images, config.seed) == ("train", 64, 3)
     assert config.model.channels == (8, 16, 24) and config.model.attention == ()
     assert config.train == Config().train
+
+
+# Which mode uses which flag
+
+A_FLAG_OF_EACH_GROUP = {"--channels": ["8", "8", "8"], "--schedule": ["linear"], "--prediction": ["noise"],
+                        "--weighting": ["snr"], "--lr": ["0.1"], "--no-clip-loss": [], "--epochs": ["3"],
+                        "--fresh": [], "--same-code": [], "--steps": ["3"], "--guidance": ["2"], "--digits": ["7"],
+                        "--num-images": ["9"], "--write": ["7"], "--checkpoint": ["x"], "--runs": ["a", "b"],
+                        "--name": ["x"], "--dataset": ["kmnist"], "--data-dir": ["x"], "--seed": ["1"],
+                        "--device": ["cpu"], "--precision": ["fp32"], "--compile": ["off"]}
+TRAINING = {"--channels", "--schedule", "--prediction", "--weighting", "--lr", "--no-clip-loss", "--epochs", "--fresh",
+            "--same-code"}
+REFUSED = {"train": {"--write", "--checkpoint", "--runs"}, "sample": TRAINING | {"--runs"},
+           "evaluate": TRAINING | {"--write", "--runs"},
+           "compare": TRAINING | {"--name", "--write", "--checkpoint"}}
+
+
+@pytest.mark.parametrize("mode", REFUSED)
+def test_a_flag_that_the_mode_does_not_use_is_refused(mode: str) -> None:
+    for flag, values in A_FLAG_OF_EACH_GROUP.items():
+        arguments = ["--mode", mode, flag, *values]
+        if flag in REFUSED[mode]:
+            knob = flag.replace("--no-", "--")
+            with pytest.raises(UserError, match=f"^{knob}: --mode {mode} does not use it, since .*; leave it out$"):
+                configs.parse(arguments)
+        else:
+            assert configs.parse(arguments) == configs.validate(configs.parse(arguments))
+
+
+def test_the_reason_names_the_checkpoint_or_the_mode() -> None:
+    for flags, reason in ((["--schedule=linear"], "the checkpoint's own settings decide it"),
+                          (["--grad_clip", "inf"], "the checkpoint's own settings decide it"),
+                          (["--fresh"], "it is for --mode train"), (["--minutes=3"], "it is for --mode train"),
+                          (["--runs", "a", "b"], "it is for --mode compare")):
+        with pytest.raises(UserError, match=f"since {reason}"):
+            configs.parse(["--mode", "sample", *flags])
+
+
+def test_edited_defaults_are_not_flags() -> None:
+    edited = dataclasses.replace(
+        Config(), mode="sample", diffusion=dataclasses.replace(Config().diffusion, schedule="linear"),
+        train=dataclasses.replace(Config().train, fresh=True))
+    assert configs.parse(["--steps", "3"], edited).sample.steps == 3
+    with pytest.raises(UserError, match="--schedule: --mode sample"):  # given, though it is the default
+        configs.parse(["--schedule", "linear"], edited)
+    assert configs.given(["--runs", "a", "b --steps 3", "--no-fresh", "--num_images=3"]) == [
+        "runs", "fresh", "num_images"]
+
+
+def test_a_refused_flag_is_the_answer_of_the_process_too(own_folder: Path, capsys) -> None:
+    assert main(["--mode", "sample", "--schedule", "linear", "--prediction", "noise"]) == 2
+    assert "--schedule: --mode sample does not use it" in one_line(capsys.readouterr().err)
+    assert not list(own_folder.iterdir())
+
+
+# Defaults that were edited
 
 
 @pytest.mark.parametrize("group, field, value", [
@@ -170,58 +241,143 @@ def test_defaults_that_are_edited_well_are_taken() -> None:
     assert configs.validate(edited) == edited
 
 
+# What a checkpoint keeps of its config
+
+
 def test_what_a_checkpoint_keeps_survives() -> None:
-    config = configs.parse(["--minutes", "3", "--checkpoint", "a/b.safetensors", "--attention", "14", "7",
-                            "--grad-clip", "inf", "--dataset", "idx", "--steps", "7"])
-    again, lacking = configs.from_stored(json.loads(json.dumps(configs.stored(config))))
-    assert not lacking and again.sample == Config().sample  # how was drawn is not kept
+    config = configs.parse(["--minutes", "3", "--attention", "14", "7", "--grad-clip", "inf", "--dataset", "idx",
+                            "--steps", "7"])
+    again, assumed = configs.training_settings(json.loads(json.dumps(configs.stored(config))))
+    assert not assumed and again.sample == Config().sample  # how images were sampled is not kept
     assert dataclasses.replace(again, sample=config.sample) == config
 
 
-def test_knobs_that_are_newer_than_a_checkpoint_have_their_defaults() -> None:
+def test_knobs_that_are_newer_than_a_checkpoint_have_their_legacy_values() -> None:
     stored = configs.stored(configs.parse(["--embedding", "64", "--lr", "0.1"]))
-    for group, name in (("model", "dropout"), ("train", "ema")):
+    for group, name in (("model", "dropout"), ("train", "ema"), ("train", "focus"), ("train", "clip_loss")):
         del stored[group][name]
     del stored["seed"], stored["diffusion"], stored["train"]["same_code"]  # which no run depends on
-    config, lacking = configs.from_stored(stored)
-    assert sorted(lacking) == ["dropout", "ema", "prediction", "schedule", "seed", "timesteps", "weighting"]
+    config, assumed = configs.training_settings(stored)
+    assert sorted(assumed) == ["clip-loss False", "dropout 0.0", "ema 0.999", "focus 0.0", "prediction v",
+                               "schedule cosine", "seed 0", "timesteps 1000", "weighting none"]
     assert config.model == dataclasses.replace(Config().model, embedding=64) and config.train.lr == 0.1
+    assert (config.train.focus, config.train.clip_loss) == (0.0, False)
+    now = configs.stored(configs.parse(["--embedding", "64", "--lr", "0.1"]))  # so today's defaults don't continue it
+    assert configs.differences(configs.stored(config), now) == [("clip-loss", "False", "True"), ("focus", "0.0", "0.7")]
 
 
-@pytest.mark.parametrize("damage, said", [
+# Stored by every checkpoint of this format, from the first one on.
+FIRST_KNOBS = {"dataset", "seed", "precision", "channels", "blocks", "attention", "embedding", "groups", "dropout",
+               "timesteps", "schedule", "prediction", "weighting", "epochs", "minutes", "batch_size", "lr",
+               "lr_schedule", "warmup", "optimizer", "weight_decay", "grad_clip", "ema", "label_dropout", "preview",
+               "fresh", "same_code"}
+
+
+def test_every_later_knob_says_what_the_code_did_before() -> None:
+    """Of the network and of training; a knob that the shipped weights lack is a later one, too."""
+    shipped = configs.flat(checkpoint.load(checkpoint.PRETRAINED)["config"])
+    now = configs.flat(configs.stored(Config()))
+    later = now.keys() - (FIRST_KNOBS & shipped.keys()) - set(configs.FREE)
+    assert {"focus", "clip_loss"} <= later
+    for name in later:
+        assert name in configs.LEGACY[configs.KNOBS[name]], name
+
+
+@pytest.mark.parametrize("change", [
+    lambda d: d["train"].update(momentum=0.9), lambda d: d["train"].pop("lr_schedule"), lambda d: d.pop("train"),
+    lambda d: d["diffusion"].update(offset=3, schedule="squared"), lambda d: d.update(extra=1, seed="0"),
+    lambda d: d["model"].pop("dropout"), lambda d: d["train"].update(label_dropout="some")],
+    ids=["train +", "train -", "no train", "diffusion", "top", "model", "type"])
+def test_sampling_needs_only_the_network_and_the_prediction(change, own_folder: Path) -> None:
+    """A knob that this version lacks, or that the checkpoint lacks, leaves the images as they are."""
+    state = checkpoint.load(checkpoint.PRETRAINED)
+    whole = load_checkpoint(checkpoint.PRETRAINED, CPU)
+    change(state["config"])
+    checkpoint.save(Path("changed.safetensors"), state)
+    changed = load_checkpoint(Path("changed.safetensors"), CPU)
+    assert changed.digest == whole.digest and changed.schedule.prediction == whole.schedule.prediction
+    for model in (changed, whole):
+        request = make_request(model, SampleConfig(), 0, 1)
+        assert request.guidance == 1.7 and request.labels.shape == (1,)
+
+
+def test_sampling_after_a_knob_was_deleted_from_the_code(own_folder: Path, monkeypatch) -> None:
+    """As if `lr_schedule` were no longer in config.py: the shipped weights give the same images."""
+    wanted = SampleConfig(steps=1, digits="7")
+    before = sample_images(model := load_checkpoint(checkpoint.PRETRAINED, CPU), make_request(model, wanted, 0, 1))[0]
+    fields = [(field.name, field.type, field) for field in dataclasses.fields(configs.TrainConfig)
+              if field.name != "lr_schedule"]
+    smaller = dataclasses.make_dataclass("TrainConfig", fields, frozen=True)
+    monkeypatch.setitem(configs.GROUPS, "train", smaller)
+    kinds = dataclasses.make_dataclass("Config", [
+        (f.name, smaller, dataclasses.field(default_factory=smaller)) if f.name == "train" else (f.name, f.type, f)
+        for f in dataclasses.fields(Config)], frozen=True)
+    monkeypatch.setattr(configs, "ADAPTER", pydantic.TypeAdapter(kinds))
+    model = load_checkpoint(checkpoint.PRETRAINED, CPU)
+    assert sample_images(model, make_request(model, wanted, 0, 1))[0].equal(before)
+    monkeypatch.setattr(configs, "Config", kinds)
+    with pytest.raises(UserError, match="'lr_schedule'.*use the version that wrote it, or train again"):
+        configs.training_settings(model.settings)
+
+
+DAMAGES = [
     (lambda d: d.update(extra=1), "extra"), (lambda d: d["model"].update(refiner=40), "refiner"),
     (lambda d: d.update(seed="0"), "--seed 0"), (lambda d: d["model"].update(channels="all"), "--channels all"),
     (lambda d: d.update({f"a\n{i}": 1 for i in range(999)}), "a.n0"), (lambda d: d.update(device="x"), "device"),
     (lambda d: d.update(dataset="\x1b[31m\n" * 99), "--dataset"), (lambda d: d.update(model=3), "not as this project"),
-    (lambda d: d["train"].update(lr=-1), "--lr -1")])
+    (lambda d: d["train"].update(lr=-1), "--lr -1"), (lambda d: d.update(dataset="\ud800"), "not UTF-8"),
+    (lambda d: d["model"].update(channels=["\ud800"]), "--channels .*not UTF-8")]
+
+
+@pytest.mark.parametrize("damage, said", DAMAGES)
 def test_a_damaged_stored_config_is_named(damage, said: str) -> None:
     stored = configs.stored(Config())
     damage(stored)
     with pytest.raises(UserError, match=said) as caught:
-        configs.from_stored(stored)
+        configs.training_settings(stored)
     assert str(caught.value).isprintable() and len(str(caught.value)) < 600
 
 
-def test_differences_are_those_that_matter() -> None:
-    base = configs.parse([])
-    assert configs.differences(base, configs.parse(["--minutes", "3", "--fresh", "--name", "x", "--steps", "3"])) == []
-    assert configs.differences(base, configs.parse(["--lr", "0.1", "--blocks", "1", "1", "2"])) == [
-        "blocks was [1, 2, 2], now [1, 1, 2]", "lr was 0.002, now 0.1"]
+@pytest.mark.parametrize("damage, said", [damage for damage in DAMAGES if damage[1] in (
+    "refiner", "--channels all", "not as this project", "--channels .*not UTF-8")])
+def test_a_damaged_config_of_the_network_is_named_when_sampling(damage, said: str) -> None:
+    stored = configs.stored(Config())
+    damage(stored)
+    with pytest.raises(UserError, match=said):
+        configs.network_settings(stored)
 
+
+def test_differences_are_those_that_matter() -> None:
+    def differences(flags: list[str]) -> list[tuple[str, str, str]]:
+        return configs.differences(configs.stored(Config()), configs.stored(configs.parse(flags)))
+
+    assert differences(["--minutes", "3", "--fresh", "--name", "x", "--steps", "3"]) == []
+    assert differences(["--lr", "0.1", "--blocks", "1", "1", "2"]) == [
+        ("blocks", "1 2 2", "1 1 2"), ("lr", "0.002", "0.1")]
+
+
+# Which checkpoint and which data
 
 @pytest.mark.parametrize("mode", ["sample", "evaluate"])
 @pytest.mark.parametrize("flags, said", [
-    (["--checkpoint", "missing.safetensors"], "missing.safetensors"), (["--checkpoint", "old.pt"], "first version"),
-    (["--checkpoint", "."], "."),
+    (["--checkpoint", "missing.safetensors"], "missing.safetensors"), (["--checkpoint", "."], "."),
+    (["--checkpoint", "nofile"], "--checkpoint nofile: there is no such checkpoint"),
+    (["--checkpoint", "a" * 300], "no such checkpoint"),
+    (["--checkpoint", "~nobody-of-this-name/x"], "no such checkpoint"),
+    (["--name", "数" * 100], "there is no run of that name"),
+    (["--dataset", "kmnist"], "--dataset kmnist: there is no"),
     (["--device", "cuda:99"], "cuda:99"), (["--num-images", "10", "--mode", "evaluate"], "--num-images 10")])
 def test_what_is_not_there_is_named(mode: str, flags: list[str], said: str, own_folder: Path, capsys) -> None:
     assert main(["--mode", mode, *flags]) == 2
     line = one_line(capsys.readouterr().err)
-    assert line.startswith("error: ") and said in line
+    assert line.startswith("error: ") and said in line and "--fresh" not in line
 
 
 @pytest.mark.parametrize("flags, said", [
     (["--dataset", "idx", "--data-dir", "nowhere"], "nowhere"),
+    (["--dataset", "idx", "--data-dir", "a" * 300], "no such file"),
+    (["--dataset", "generated", "--name", "数" * 100], "File name too long"),
+    (["--dataset", "idx"], "--data-dir"),
     (["--batch-size", "1", "--dataset", "idx", "--data-dir", "file"], "file")])
 def test_missing_data_is_named(flags: list[str], said: str, own_folder: Path, capsys) -> None:
     (own_folder / "file").write_text("not a folder")
@@ -235,11 +391,34 @@ def test_a_file_where_a_folder_should_be(own_folder: Path, idx_folder: Path, cap
     assert "checkpoints" in one_line(capsys.readouterr().err)
 
 
-def test_what_ships_draws_from_any_folder_for_a_name_without_a_run(own_folder: Path, capsys) -> None:
-    assert main(["--mode", "sample", "--name", "nobody", "--num-images", "1", "--steps", "1", "--device", "cpu"]) == 0
+def test_the_shipped_weights_are_sampled_where_there_is_no_run(own_folder: Path, capsys) -> None:
+    quick = ["--mode", "sample", "--num-images", "1", "--steps", "1", "--device", "cpu"]
+    assert main(quick) == 0
     output = capsys.readouterr().out
-    assert "no checkpoint of your own in checkpoints/nobody" in output and "results/nobody/sample.png" in output
-    assert str(ROOT / "checkpoints/pretrained.safetensors") in output
+    assert "There is no run of your own yet" in output and "results/shipped/sample.png" in output
+    assert str(checkpoint.PRETRAINED) in output and os.listdir("results") == ["shipped"]
+
+
+@pytest.mark.parametrize("mode", ["sample", "evaluate"])
+@pytest.mark.parametrize("flags", [["--name", "base0"], ["--dataset", "fashion-mnist"], ["--checkpoint", "base0"]])
+def test_a_mistyped_run_is_an_error_that_lists_the_runs(mode: str, flags: list[str], own_folder: Path, capsys) -> None:
+    for name in ("base-0", "other"):
+        Path("checkpoints", name).mkdir(parents=True)
+        shutil.copy(checkpoint.PRETRAINED, checkpoint.own(name))
+    assert main(["--mode", mode, *flags, "--device", "cpu"]) == 2
+    line = one_line(capsys.readouterr().err)
+    assert f"{' '.join(flags)}: there is no" in line and "Runs in checkpoints/: base-0, other." in line
+    assert not Path("results").exists()
+
+
+def test_pretrained_always_means_the_shipped_weights(own_folder: Path) -> None:
+    Path("checkpoints/mnist").mkdir(parents=True)
+    for decoy in (checkpoint.own("mnist"), Path("pretrained")):
+        shutil.copy(checkpoint.PRETRAINED, decoy)
+    for text in ("pretrained", "Pretrained"):
+        settled = dataset.settle(configs.parse(["--mode", "sample", "--checkpoint", text]), CPU)
+        assert settled.sample.checkpoint == checkpoint.PRETRAINED
+    assert checkpoint.named("pretrained", "--runs") == checkpoint.PRETRAINED
 
 
 def test_mnist_is_looked_for_here_and_then_beside_the_code(own_folder: Path, monkeypatch) -> None:
@@ -248,12 +427,12 @@ def test_mnist_is_looked_for_here_and_then_beside_the_code(own_folder: Path, mon
 
     def put(root: Path) -> None:
         (root / "mnist/MNIST/raw").mkdir(parents=True)
-        for name in dataset.MNIST_MD5:
+        for name in idx.NAMES:
             (root / "mnist/MNIST/raw" / name).touch()
 
-    assert dataset.data_folder(Config()) == Path("dataset")  # where it would be downloaded to
+    assert dataset.data_folder(Config(), "mnist") == Path("dataset")  # where it would be downloaded to
     put(code / "dataset")
-    assert dataset.data_folder(Config()) == code / "dataset"
+    assert dataset.data_folder(Config(), "mnist") == code / "dataset"
     put(Path("dataset"))
-    assert dataset.data_folder(Config()) == Path("dataset")
-    assert dataset.data_folder(Config(data_dir=Path("else"))) == Path("else")
+    assert dataset.data_folder(Config(), "mnist") == Path("dataset")
+    assert dataset.data_folder(Config(data_dir=Path("else")), "mnist") == Path("else")

@@ -1,10 +1,11 @@
-"""dataset.py: batches as a function of (seed, step), and no file is used that is not what it has to be."""
+"""dataset.py, support/idx.py: a batch follows from (seed, step), and files are what they have to be."""
 
 import functools
 import gzip
 import hashlib
 import http.server
 import os
+import shutil
 import struct
 import threading
 from pathlib import Path
@@ -14,15 +15,28 @@ import torch
 
 import dataset
 from config import Config, UserError
+from dataset import LabelledImages, random_batch
+from run import main
+from support import idx
+from support.console import TORCHRUN
+from support.runtime import Runtime
 
-NAMES = [name for names in dataset.FILES.values() for name in names]
-IMAGES, LABELS = dataset.FILES["train"]
+IMAGES, LABELS = idx.FILES["train"]
+CPU = Runtime(torch.device("cpu"), bf16=False, compile=False)
+
+
+def load_idx(folder: Path, split: str) -> LabelledImages:
+    return dataset.load(Config(dataset="idx", data_dir=folder), split)
+
+
+def load_mnist(folder: Path, split: str) -> LabelledImages:
+    return dataset.load(Config(dataset="mnist", data_dir=folder), split)
 
 
 def idx_files(train: int = 12, test: int = 7) -> dict[str, bytes]:
     """The content of four small IDX files; every byte of the images differs from those beside it."""
     files = {}
-    for (images, labels), n in zip(dataset.FILES.values(), (train, test)):
+    for (images, labels), n in zip(idx.FILES.values(), (train, test)):
         files[images] = struct.pack(">4I", 0x803, n, 28, 28) + bytes((7 * i + n) % 251 for i in range(n * 784))
         files[labels] = struct.pack(">2I", 0x801, n) + bytes((i + n) % 10 for i in range(n))
     return files
@@ -42,16 +56,20 @@ def mnist(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     raw.mkdir(parents=True)
     for name, data in idx_files().items():
         (raw / name).write_bytes(data)
-        monkeypatch.setitem(dataset.MNIST_MD5, name, hashlib.md5(data).hexdigest())
+        monkeypatch.setitem(idx.MNIST_MD5, name, hashlib.md5(data).hexdigest())
     return tmp_path
 
 
 # Batches
 
 
+def batch_indices(seed: int, step: int, size: int, n: int) -> torch.Tensor:
+    return random_batch(seed, step, size, n)[0]
+
+
 def test_every_epoch_is_a_full_permutation_and_differs_from_the_others() -> None:
     n, size = 60, 15
-    epochs = [torch.cat([dataset.batch_indices(3, epoch * 4 + k, size, n) for k in range(4)]) for epoch in range(3)]
+    epochs = [torch.cat([batch_indices(3, epoch * 4 + k, size, n) for k in range(4)]) for epoch in range(3)]
     for epoch in epochs:
         assert epoch.dtype == torch.int64 and sorted(epoch.tolist()) == list(range(n))
     assert len({tuple(epoch.tolist()) for epoch in epochs}) == 3
@@ -61,42 +79,50 @@ def test_every_epoch_is_a_full_permutation_and_differs_from_the_others() -> None
 def test_batches_of_any_size_cut_the_same_stream(size: int) -> None:
     """Straddling one epoch's end or several; asked for in any order."""
     n = 60
-    whole = dataset.batch_indices(0, 0, 600, n)
+    whole = batch_indices(0, 0, 600, n)
     steps = list(range(600 // size))
     for step in reversed(steps):
-        assert dataset.batch_indices(0, step, size, n).equal(whole[step * size:(step + 1) * size])
+        assert batch_indices(0, step, size, n).equal(whole[step * size:(step + 1) * size])
 
 
 def test_seeds_give_unrelated_orders() -> None:
     """A sum of seed and epoch would make epoch 1 of seed 0 the epoch 0 of seed 1."""
-    first = dataset.batch_indices(0, 1, 60, 60)
-    assert not first.equal(dataset.batch_indices(1, 0, 60, 60))
-    assert not first.equal(dataset.batch_indices(2**40, 1, 60, 60))
+    first = batch_indices(0, 1, 60, 60)
+    assert not first.equal(batch_indices(1, 0, 60, 60))
+    assert not first.equal(batch_indices(2**40, 1, 60, 60))
 
 
 def test_a_batch_is_a_copy() -> None:
-    dataset.batch_indices(0, 0, 60, 60).zero_()
-    assert dataset.batch_indices(0, 0, 60, 60).unique().numel() == 60
+    batch_indices(0, 0, 60, 60).zero_()
+    assert batch_indices(0, 0, 60, 60).unique().numel() == 60
+
+
+def test_all_that_is_random_in_a_step_follows_from_seed_and_step() -> None:
+    one, again, later, other = (random_batch(*key, 8, 60) for key in ((0, 3), (0, 3), (0, 4), (1, 3)))
+    assert [part.shape for part in one] == [(8,), (9,), (8, 1, 28, 28)]
+    for part, same, *unlike in zip(one, again, later, other):
+        assert part.equal(same) and not any(part.equal(each) for each in unlike)
+    assert 0 <= one[1].min() and one[1].max() < 1 and abs(one[2].std() - 1) < 0.05
 
 
 # IDX files
 
 
 def test_idx_content(folder: Path) -> None:
-    digits = dataset.load_idx(folder, "test")
+    images = load_idx(folder, "test")
     raw = idx_files()
-    assert len(digits) == 7 and digits.images.shape == (7, 1, 28, 28) and digits.images.dtype == torch.uint8
-    assert bytes(digits.images.flatten().tolist()) == raw["t10k-images-idx3-ubyte"][16:]
-    assert digits.labels.dtype == torch.int64 and digits.labels.tolist() == [7, 8, 9, 0, 1, 2, 3]
-    digits.images.zero_()  # writable
-    assert digits.to("meta").labels.device.type == "meta"
+    assert len(images) == 7 and images.images.shape == (7, 1, 28, 28) and images.images.dtype == torch.uint8
+    assert bytes(images.images.flatten().tolist()) == raw["t10k-images-idx3-ubyte"][16:]
+    assert images.labels.dtype == torch.int64 and images.labels.tolist() == [7, 8, 9, 0, 1, 2, 3]
+    images.images.zero_()  # writable
+    assert images.to("meta").labels.device.type == "meta"
 
 
 def test_idx_in_raw_subfolder_and_gzipped(tmp_path: Path) -> None:
     (tmp_path / "MNIST" / "raw").mkdir(parents=True)
     for name, data in idx_files().items():
         (tmp_path / "MNIST" / "raw" / f"{name}.gz").write_bytes(gzip.compress(data))
-    assert len(dataset.load(Config(dataset="idx", data_dir=tmp_path), "train")) == 12
+    assert len(load_idx(tmp_path, "train")) == 12
 
 
 DAMAGED = {
@@ -120,9 +146,9 @@ def test_damaged_idx_file(folder: Path, case: str) -> None:
     name, damage, message = DAMAGED[case]
     (folder / name).write_bytes(damage((folder / name).read_bytes()))
     with pytest.raises(UserError, match=message) as caught:
-        dataset.load_idx(folder, "train")
+        load_idx(folder, "train")
     assert name in str(caught.value) and "\n" not in str(caught.value)
-    assert len(dataset.load_idx(folder, "test")) == 7
+    assert len(load_idx(folder, "test")) == 7
 
 
 def test_gzip_that_is_damaged_or_a_bomb(folder: Path) -> None:
@@ -131,41 +157,41 @@ def test_gzip_that_is_damaged_or_a_bomb(folder: Path) -> None:
     for content, message in ((data, "too long"), (data[:40], "can't be read"), (b"x" * 50, "can't be read")):
         (folder / f"{IMAGES}.gz").write_bytes(content)
         with pytest.raises(UserError, match=message):
-            dataset.load_idx(folder, "train")
+            load_idx(folder, "train")
 
 
 def test_missing_idx_file(folder: Path) -> None:
     (folder / LABELS).unlink()
     (folder / LABELS).mkdir()  # a folder is not a file
     with pytest.raises(UserError, match=f"{LABELS}: there is no such file.*--data-dir"):
-        dataset.load_idx(folder, "train")
+        load_idx(folder, "train")
     with pytest.raises(UserError, match="there is no such file"):
-        dataset.load_idx(folder / "nowhere", "train")
+        load_idx(folder / "nowhere", "train")
 
 
 # MNIST
 
 
 def test_mnist_is_known_by_its_md5(mnist: Path) -> None:
-    assert len(dataset.load_mnist(mnist, "train")) == 12
+    assert len(load_mnist(mnist, "train")) == 12
     path = mnist / "mnist" / "MNIST" / "raw" / IMAGES
     data = bytearray(path.read_bytes())
     data[5000] ^= 1
     path.write_bytes(data)
     with pytest.raises(UserError, match=f"{IMAGES}: wrong content.*MD5 .*; delete it to have it downloaded again"):
-        dataset.load_mnist(mnist, "train")
+        load_mnist(mnist, "train")
 
 
 def test_mnist_swapped_files_are_named(mnist: Path) -> None:
     path = mnist / "mnist" / "MNIST" / "raw" / IMAGES
     path.write_bytes(idx_files()["t10k-images-idx3-ubyte"])
     with pytest.raises(UserError, match=f"{IMAGES}: wrong content: that of t10k-images-idx3-ubyte"):
-        dataset.load_mnist(mnist, "train")
+        load_mnist(mnist, "train")
 
 
 def test_mnist_md5s_are_those_of_the_real_files() -> None:
     """Of the four files unpacked, in the order train images, train labels, test images, test labels."""
-    assert [dataset.MNIST_MD5[name] for name in NAMES] == [
+    assert [idx.MNIST_MD5[name] for name in idx.NAMES] == [
         "6bbc9ace898e44ae57da46a324031adb", "a25bea736e30d166cdddb491f175f624",
         "2646ac647ad5339dbf082846283269ea", "27ae3e4e09519cfbb04c329615203637"]
 
@@ -196,7 +222,7 @@ def torchvision_mnist(mnist: Path, tmp_path_factory: pytest.TempPathFactory, mon
     kind = pytest.importorskip("torchvision.datasets").MNIST
     served = tmp_path_factory.mktemp("mirror")
     with Mirror(idx_files(), served) as address:
-        resources = [(f"{name}.gz", hashlib.md5((served / f"{name}.gz").read_bytes()).hexdigest()) for name in NAMES]
+        resources = [(path.name, hashlib.md5(path.read_bytes()).hexdigest()) for path in sorted(served.iterdir())]
         monkeypatch.setattr(kind, "resources", resources)
         monkeypatch.setattr(kind, "mirrors", ["http://127.0.0.1:9/", address])  # nobody listens at the first
         yield kind, served
@@ -204,13 +230,13 @@ def torchvision_mnist(mnist: Path, tmp_path_factory: pytest.TempPathFactory, mon
 
 def test_download_takes_the_mirror_that_works(mnist: Path, torchvision_mnist, capsys: pytest.CaptureFixture) -> None:
     raw = mnist / "mnist" / "MNIST" / "raw"
-    for name in NAMES[1:]:
+    for name in idx.NAMES[1:]:
         (raw / name).unlink()
-    (raw / NAMES[0]).touch()
-    before = (raw / NAMES[0]).stat().st_mtime_ns
-    assert len(dataset.load_mnist(mnist, "test")) == 7
-    assert sorted(path.name for path in raw.iterdir()) == sorted(NAMES) and list(raw.parent.iterdir()) == [raw]
-    assert (raw / NAMES[0]).stat().st_mtime_ns == before  # what was there is not overwritten
+    (raw / idx.NAMES[0]).touch()
+    before = (raw / idx.NAMES[0]).stat().st_mtime_ns
+    assert len(load_mnist(mnist, "test")) == 7
+    assert sorted(path.name for path in raw.iterdir()) == sorted(idx.NAMES) and list(raw.parent.iterdir()) == [raw]
+    assert (raw / idx.NAMES[0]).stat().st_mtime_ns == before  # what was there is not overwritten
     said = capsys.readouterr()
     assert said.out.count("\n") == 1 and str(raw) in said.out and said.err == ""
 
@@ -220,7 +246,7 @@ def test_download_without_a_network(mnist: Path, torchvision_mnist, monkeypatch:
     raw = mnist / "mnist" / "MNIST" / "raw"
     (raw / IMAGES).unlink()
     with pytest.raises(UserError, match="can't be downloaded .*9/one/.*refused.*9/two/.*put train-im") as caught:
-        dataset.load_mnist(mnist, "train")
+        load_mnist(mnist, "train")
     assert "\n" not in str(caught.value) and list(raw.parent.iterdir()) == [raw]
 
 
@@ -230,33 +256,91 @@ def test_download_of_damaged_files_changes_nothing(mnist: Path, torchvision_mnis
     kind, served = torchvision_mnist
     raw = mnist / "mnist" / "MNIST" / "raw"
     (raw / LABELS).unlink()
-    monkeypatch.setitem(dataset.MNIST_MD5, LABELS, "0" * 32)
+    monkeypatch.setitem(idx.MNIST_MD5, LABELS, "0" * 32)
     with pytest.raises(UserError, match=f"{LABELS}: wrong content"):
-        dataset.load_mnist(mnist, "train")
+        load_mnist(mnist, "train")
     (served / f"{LABELS}.gz").write_bytes(b"junk")
     with pytest.raises(UserError, match="can't be downloaded .*corrupted"):
-        dataset.load_mnist(mnist, "train")
+        load_mnist(mnist, "train")
     assert not (raw / LABELS).exists() and list(raw.parent.iterdir()) == [raw]
 
 
 def test_download_into_an_impossible_place(tmp_path: Path, torchvision_mnist) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="can't be downloaded into .*file/mnist/MNIST/raw .*Not a dir.*--data-dir"):
-        dataset.load_mnist(tmp_path / "file", "train")
+    with pytest.raises(UserError, match="not in .*file/mnist/MNIST/raw and can't be .*Not a dir.*--data-dir"):
+        load_mnist(tmp_path / "file", "train")
 
 
 @pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="root may write everywhere")
 def test_download_into_a_folder_without_permission(tmp_path: Path, torchvision_mnist) -> None:
     (tmp_path / "closed").mkdir(mode=0o500)
-    with pytest.raises(UserError, match="can't be downloaded into .*Permission denied"):
-        dataset.load_mnist(tmp_path / "closed", "train")
+    with pytest.raises(UserError, match="can't be downloaded .*Permission denied"):
+        load_mnist(tmp_path / "closed", "train")
 
 
 def test_only_the_first_process_downloads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RANK", "1")
+    for name in TORCHRUN:
+        monkeypatch.setenv(name, "2" if "WORLD" in name else "1")
     with pytest.raises(UserError, match="only the first process downloads it"):
-        dataset.load_mnist(tmp_path, "train")
+        load_mnist(tmp_path, "train")
     assert list(tmp_path.iterdir()) == []
+
+
+# --data-dir
+
+
+@pytest.fixture
+def unreachable(torchvision_mnist, own_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty current folder, and mirrors that do not answer."""
+    monkeypatch.setattr(torchvision_mnist[0], "mirrors", ["http://127.0.0.1:9/"])
+    for path in own_folder.iterdir():
+        shutil.rmtree(path)
+    return own_folder
+
+
+@pytest.mark.parametrize("flags", [["--name", "x", "--minutes", "0.01"], ["--dataset", "mnist"], ["--mode", "evaluate"],
+                                   ["--mode", "compare", "--runs", "pretrained", "pretrained --guidance 1"]])
+def test_a_mistyped_folder_is_an_error_and_stays_away(flags: list[str], unreachable: Path, capsys) -> None:
+    (unreachable / "there").mkdir()
+    for folder in ("typo", "there", "there/typo"):
+        assert main([*flags, "--data-dir", folder, "--device", "cpu"]) == 2
+        output = capsys.readouterr()
+        assert output.err.count("\n") == 1 and f"MNIST is not in {folder}/mnist/MNIST/raw" in output.err
+        assert "NOT MNIST" not in output.out  # never the generated digits
+        assert list(unreachable.rglob("*")) == [unreachable / "there"]
+
+
+def test_a_download_that_is_interrupted_leaves_no_folder(unreachable: Path, torchvision_mnist, monkeypatch) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torchvision_mnist[0], "__init__", interrupted)
+    assert main(["--device", "cpu"]) == 130 and list(unreachable.iterdir()) == []
+
+
+@pytest.mark.parametrize("layout", ["mnist/MNIST/raw", "MNIST/raw"])
+def test_both_layouts_are_found_in_a_folder_under_the_home_folder(layout: str, mnist: Path, unreachable: Path,
+                                                                  monkeypatch) -> None:
+    monkeypatch.setenv("HOME", str(unreachable / "home"))
+    raw = unreachable / "home" / "data" / layout
+    raw.mkdir(parents=True)
+    for name, data in idx_files().items():
+        (raw / name).write_bytes(data)
+    config = dataset.settle(Config(data_dir=Path("~/data")), CPU)
+    assert config.dataset == "mnist" and len(dataset.load(config, "test")) == 7
+    assert [path.name for path in unreachable.iterdir()] == ["home"]  # none called "~"
+
+
+@pytest.mark.parametrize("name, said", [("~nobody-of-this-name/data", "no such home folder"),
+                                        ("a" * 300, "can't be downloaded")])
+@pytest.mark.parametrize("data", ["auto", "idx", "kmnist"])
+def test_an_impossible_folder_is_one_line(data: str, name: str, said: str, unreachable: Path, capsys) -> None:
+    assert main(["--dataset", data, "--data-dir", name, "--name", "x", "--device", "cpu"]) == 2
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1 and (said in line or "there is no such file" in line)
+
+
+# Other data sets
 
 
 @pytest.mark.parametrize("name", ["fashion-mnist", "kmnist"])
@@ -266,13 +350,13 @@ def test_others_are_fetched_kept_and_read_as_gz(name: str, tmp_path: Path, monke
     kind = getattr(pytest.importorskip("torchvision.datasets"), source.kind)
     assert dict(kind.resources) == source.digests and set(dataset.CLASS_NAMES) >= {name}
     with Mirror(idx_files(), served) as address:
-        digests = {f"{file}.gz": hashlib.md5((served / f"{file}.gz").read_bytes()).hexdigest() for file in NAMES}
+        digests = {f"{file}.gz": hashlib.md5((served / f"{file}.gz").read_bytes()).hexdigest() for file in idx.NAMES}
         monkeypatch.setattr(kind, "resources", list(digests.items()))
         monkeypatch.setattr(kind, "mirrors", [address])
         monkeypatch.setitem(dataset.SOURCES, name, source._replace(digests=digests))
         config = Config(dataset=name, data_dir=tmp_path)
         assert len(dataset.load(config, "train")) == 12
-    raw = tmp_path / source.folder
+    raw = tmp_path / Path(name, source.kind, "raw")
     assert {path.name for path in raw.iterdir()} == set(digests) and list(raw.parent.iterdir()) == [raw]
     assert len(dataset.load(config, "test")) == 7  # from there: the server is gone
     (raw / IMAGES).write_bytes(idx_files(13)[IMAGES])  # an unpacked file is not the one that is known
@@ -281,5 +365,5 @@ def test_others_are_fetched_kept_and_read_as_gz(name: str, tmp_path: Path, monke
     with pytest.raises(UserError, match=f"{LABELS}.gz: wrong content"):
         dataset.load(config, "train")
     (raw / f"{LABELS}.gz").unlink()
-    with pytest.raises(UserError, match=f"{source.kind} can't be downloaded into .*refused.*put {NAMES[0]}.gz"):
+    with pytest.raises(UserError, match=f"{source.kind} is not in .*can't be .*refused.*put {idx.NAMES[0]}.gz"):
         dataset.load(config, "train")

@@ -3,76 +3,97 @@
 import copy
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import config as configs
 import dataset
-import drawing
+import sample
 import train
-from benchmarks.common import Operations
+import training_log
+import training_step
 from config import Config, ModelConfig, UserError
-from dataset import Digits
+from dataset import LabelledImages
 from diffusion import diffusion_loss, make_schedule
+from evaluation import evaluate, reference
+from evaluation.classifier import load_classifier
 from model import UNet
-from support.optimizer import Muon, update_average
+from optimizer import Muon, update_average
+from support import checkpoint, cuda_graphs, plots
 from support.runtime import Runtime
-from tests.conftest import TINY
+from tests.conftest import TINY, write_set
+from tests.fake_mps import MPS, FakeMps, pretended_mps
+from tests.processes import nothing
+from training_log import current_model
+from training_state import BAD_STEPS, TrainingState, new_state, read_losses
 
 CPU = Runtime(torch.device("cpu"), bf16=False, compile=False)
-GOOD, BAD = torch.tensor(True), torch.tensor(False)
+FINITE, NOT_FINITE = torch.tensor(True), torch.tensor(False)
 
 
-def tiny_run(*flags: str) -> train.Run:
+class Operations(TorchDispatchMode):
+    """Counts the operations that are launched within the block, and those for whose result the host waits."""
+
+    count = waits = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += 1
+        self.waits += func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
+        return func(*args, **(kwargs or {}))
+
+
+def tiny_state(*flags: str, runtime: Runtime = CPU) -> TrainingState:
     config = configs.parse(["--dataset", "generated", "--batch-size", "8", *TINY, *flags])
-    return train.new_run(config, CPU, dataset.load(config, "train"), dataset.load(config, "test"))
+    images = (dataset.load(config, split).to(runtime.device) for split in ("train", "test"))
+    return new_state(config, runtime, *images)
 
 
 def test_a_step_learns_at_the_levels_in_focus(monkeypatch: pytest.MonkeyPatch) -> None:
-    run, seen = tiny_run("--focus", "0.999"), []
-    loss = train.diffusion_loss
-    monkeypatch.setattr(train, "diffusion_loss", lambda *inputs: seen.append(inputs[4]) or loss(*inputs))
-    train.training_step(train.learner(run), run)
-    low, high = run.schedule.focus
+    learner, seen = tiny_state("--focus", "0.999").learner, []
+    monkeypatch.setattr(training_step, "diffusion_loss",
+                        lambda *inputs: seen.append(inputs[4]) or diffusion_loss(*inputs))
+    learner.step(0, lr=1e-3)
+    low, high = learner.schedule.focus
     assert len(seen[0]) == 8 and seen[0].min() > low and seen[0].max() <= high
 
 
 @pytest.mark.parametrize("flags", [(), ("--optimizer", "adamw", "--dropout", "0.1", "--attention", "7")])
 def test_a_step_never_waits_for_the_device(flags: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     """On a CPU too, an operation for whose result the host waits can be told by its name."""
-    run = tiny_run(*flags)
-    learn = train.learner(run)
+    state = tiny_state(*flags)
+    assert state.learner.schedule.focus  # found once, on the CPU
     for name in ("tolist", "numpy", "cpu"):  # these leave no operation
         monkeypatch.setattr(Tensor, name, lambda *_: pytest.fail("the host waits"))
-    for _ in range(3):
+    for step in range(3):
         with Operations() as watched:
-            run.optimizer.set_rate(1e-3)
-            run.unread.append(train.training_step(learn, run))
-        run.step += 1
+            state.pending_losses.append(state.learner.step(step, lr=1e-3))
         assert watched.waits == 0 and watched.count > 100
     monkeypatch.undo()
     with Operations() as watched:
-        bool(run.unread[0] > 0)
+        bool(state.pending_losses[0] > 0)
     assert watched.waits == 1
-    train.read_losses(run)
-    assert run.history["running"][1] == 3 and not run.unread
+    read_losses(state)
+    assert state.history["running"][1] == 3 and not state.pending_losses
 
 
 def test_the_average_is_short_lived_at_first() -> None:
-    run = tiny_run()
-    learn, weight = train.learner(run), lambda network: network.head.weight.detach().clone()
+    learner = tiny_state().learner
+
+    def weight(network: nn.Module) -> Tensor:
+        return network.head.weight.detach().clone()
+
     for step in range(3):
-        before = weight(run.average)
-        run.optimizer.set_rate(1e-2)
-        train.training_step(learn, run)
-        run.step += 1
+        before = weight(learner.average)
+        learner.step(step, lr=1e-2)
         kept = (1 + step) / (10 + step)
-        torch.testing.assert_close(weight(run.average), kept * before + (1 - kept) * weight(run.network))
-        assert not torch.equal(weight(run.average), before)
+        torch.testing.assert_close(weight(learner.average), kept * before + (1 - kept) * weight(learner.network))
+        assert not torch.equal(weight(learner.average), before)
 
 
 def test_muon_leaves_alone_what_has_no_gradient() -> None:
@@ -85,30 +106,31 @@ def test_muon_leaves_alone_what_has_no_gradient() -> None:
     assert [torch.equal(*pair) for pair in zip(before, weights)] == [False, True, False]
 
 
-def test_losses_are_added_in_order_and_bad_steps_counted() -> None:
-    run = tiny_run()
-    run.unread = [torch.tensor(value) for value in (0.1, 0.7, torch.nan, 0.2, torch.nan, torch.nan)]
+def test_losses_are_added_in_order_and_skipped_steps_counted() -> None:
+    state = tiny_state()
+    state.pending_losses = [torch.tensor(value) for value in (0.1, 0.7, torch.nan, 0.2, torch.nan, torch.nan)]
     expected = sum(torch.tensor(value).item() for value in (0.1, 0.7, 0.2))
-    train.read_losses(run)
-    assert run.history["running"] == [expected, 3] and run.history["skipped"] == 3 and run.bad == 2
+    assert read_losses(state) == expected / 3
+    assert state.history["running"] == [expected, 3] and state.history["skipped"] == 3
+    assert state.skipped_in_a_row == 2
 
 
-def parameters(shapes: list[tuple[int, ...]]) -> list[nn.Parameter]:
+def parameters(shapes: list[tuple[int, ...]],
+               layout: torch.memory_format = torch.channels_last) -> list[nn.Parameter]:
     random = torch.Generator().manual_seed(1)
-    return [nn.Parameter(torch.randn(shape, generator=random).to(memory_format=torch.channels_last))
-            for shape in shapes]
+    return [nn.Parameter(torch.randn(shape, generator=random).to(memory_format=layout)) for shape in shapes]
 
 
-def test_muon_is_torchs_on_matrices_of_many_shapes() -> None:
-    ours = parameters([(8, 16, 3, 3), (24, 8, 1, 1), (8, 16, 3, 3), (16, 8, 2, 2), (8, 16, 3, 3)])
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
+def test_muon_is_torchs_on_matrices_of_many_shapes(layout: torch.memory_format) -> None:
+    ours = parameters([(8, 16, 3, 3), (24, 8, 1, 1), (8, 16, 3, 3), (16, 8, 2, 2), (8, 16, 3, 3)], layout)
     theirs = [nn.Parameter(p.detach().permute(0, 2, 3, 1).flatten(1).clone()) for p in ours]
     options = {"lr": 0.02, "weight_decay": 0.1}
-    muon, expected = Muon(ours, **options), torch.optim.Muon(theirs, adjust_lr_fn="match_rms_adamw",
-                                                                         **options)
+    muon, expected = Muon(ours, **options), torch.optim.Muon(theirs, adjust_lr_fn="match_rms_adamw", **options)
     random = torch.Generator().manual_seed(2)
     for _ in range(4):
         for own, other in zip(ours, theirs):
-            own.grad = torch.randn(own.shape, generator=random).to(memory_format=torch.channels_last)
+            own.grad = torch.randn(own.shape, generator=random).to(memory_format=layout)
             other.grad = own.grad.permute(0, 2, 3, 1).flatten(1)
         muon.found_inf = torch.tensor(0.0)
         muon.step()
@@ -122,11 +144,11 @@ def test_the_average_by_hand(decay: float) -> None:
     network = nn.Linear(3, 2)
     average = copy.deepcopy(network)
     for step in range(5):
-        before, good = average.weight.clone(), step != 3
-        if good:
+        before, finite = average.weight.clone(), step != 3
+        if finite:
             network.weight.data.normal_()
-        update_average(average, network, torch.tensor(1 - decay), GOOD if good else BAD)
-        if not good:
+        update_average(average, network, torch.tensor(1 - decay), FINITE if finite else NOT_FINITE)
+        if not finite:
             assert torch.equal(average.weight, before)
         else:
             torch.testing.assert_close(average.weight, decay * before + (1 - decay) * network.weight)
@@ -139,23 +161,23 @@ def test_a_graph_is_captured_once_and_goes_with_its_network(monkeypatch: pytest.
         captured.append(seen := [])
         return lambda x, t, label: seen.append(len(x)) or x + len(x)
 
-    monkeypatch.setattr(drawing, "Captured", capture)
-    drawing._GRAPHS.clear()
+    monkeypatch.setattr(cuda_graphs, "CudaGraph", capture)
+    cuda_graphs._GRAPHS.clear()
     network, other = nn.Linear(1, 1), nn.Linear(1, 1)
     for module, sizes in ((network, (3, 6, 3)), (network, (6,)), (other, (3,))):
-        graphed = drawing._graphed(module)
+        graphed = cuda_graphs.graphed(module)
         for size in sizes:
             assert torch.equal(graphed(torch.zeros(size), torch.zeros(size), torch.zeros(size)),
                                torch.full((size,), size))
-    assert captured == [[3, 3], [6, 6], [3]] and len(drawing._GRAPHS) == 2
+    assert captured == [[3, 3], [6, 6], [3]] and len(cuda_graphs._GRAPHS) == 2
     del network, other, module, graphed
-    assert len(drawing._GRAPHS) == 0
+    assert len(cuda_graphs._GRAPHS) == 0
 
 
-def loss_of(network: UNet, digits: Digits) -> Tensor:
-    t = torch.randint(1, 1001, (len(digits),), device=digits.labels.device)
-    return diffusion_loss(network, make_schedule(Config().diffusion), digits.images.float(), digits.labels, t,
-                          torch.randn_like(digits.images.float()), clip=True)
+def loss_of(network: UNet, data: LabelledImages) -> Tensor:
+    t = torch.randint(1, 1001, (len(data),), device=data.labels.device)
+    return diffusion_loss(network, make_schedule(Config().diffusion), data.images.float(), data.labels, t,
+                          torch.randn_like(data.images.float()), clip=True)
 
 
 @pytest.mark.skipif(tuple(map(int, torch.__version__.split(".")[:2])) < (2, 11), reason="it asks for a real driver")
@@ -165,13 +187,13 @@ def test_forward_and_loss_stay_on_one_device() -> None:
         for attention in ((), (7, 14)):
             with torch.device("cuda"):
                 network = UNet(ModelConfig(attention=attention))
-                digits = Digits(torch.zeros(4, 1, 28, 28, dtype=torch.uint8), torch.zeros(4, dtype=torch.long))
-            loss = loss_of(network, digits)
+                data = LabelledImages(torch.zeros(4, 1, 28, 28, dtype=torch.uint8), torch.zeros(4, dtype=torch.long))
+            loss = loss_of(network, data)
             assert loss.device.type == "cuda" and loss.shape == (4,) and loss.dtype == torch.float32
 
 
 def test_bf16_keeps_the_loss_in_float32() -> None:
-    network, digits = UNet(ModelConfig()), Digits(torch.zeros(2, 1, 28, 28), torch.tensor([3, 10]))
+    network, data = UNet(ModelConfig()), LabelledImages(torch.zeros(2, 1, 28, 28), torch.tensor([3, 10]))
     seen: list[torch.dtype] = []
 
     def forward(*arguments: Tensor) -> Tensor:
@@ -179,7 +201,7 @@ def test_bf16_keeps_the_loss_in_float32() -> None:
         return answer
 
     with torch.autocast("cpu", torch.bfloat16):
-        loss = loss_of(forward, digits)  # type: ignore[arg-type]
+        loss = loss_of(forward, data)  # type: ignore[arg-type]
     loss.sum().backward()
     assert seen == [torch.bfloat16] and loss.dtype == torch.float32
     assert all(p.dtype == torch.float32 for p in network.parameters())
@@ -188,51 +210,80 @@ def test_bf16_keeps_the_loss_in_float32() -> None:
 def test_a_compiled_run_learns_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     """Traced as for a GPU, forward and backward; benchmarks/gpu.py generates the code, which takes a minute."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager", fullgraph=True))
-    plain = tiny_run()
-    traced = train.new_run(plain.config, Runtime(CPU.device, bf16=False, compile=True), plain.train, plain.test)
-    learners = train.learner(plain), train.learner(traced)
+    plain, traced = (tiny_state(runtime=replace(CPU, compile=compile)).learner for compile in (False, True))
     for step in range(20):
-        losses = []
-        for run, learn in zip((plain, traced), learners):
-            run.optimizer.set_rate(1e-3 * (step + 1))
-            losses.append(train.training_step(learn, run).item())
-            run.step += 1
+        losses = [learner.step(step, 1e-3 * (step + 1)).item() for learner in (plain, traced)]
         assert losses[0] == pytest.approx(losses[1], abs=1e-3), step
     assert losses[0] < 0.9
 
 
-def test_a_long_streak_of_bad_steps_ends_a_run_though_the_last_was_good() -> None:
-    run = tiny_run()
-    run.unread = [torch.tensor(value) for value in (0.1, *[torch.nan] * train.BAD_STEPS, 0.2)]
+def test_many_skipped_steps_in_a_row_end_a_run_though_the_last_was_finite() -> None:
+    state = tiny_state()
+    state.pending_losses = [torch.tensor(value) for value in (0.1, *[torch.nan] * BAD_STEPS, 0.2)]
     with pytest.raises(UserError, match="not finite in 20 steps in a row"):
-        train.read_losses(run)
+        read_losses(state)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="it takes a GPU")
 @pytest.mark.parametrize("flags, graphs", [((), False), (("--dropout", "0.1"), True)])
-def test_a_gpu_learns_and_draws_the_same_in_graphs(flags: tuple[str, ...], graphs: bool) -> None:
+def test_a_gpu_learns_and_samples_the_same_in_graphs(flags: tuple[str, ...], graphs: bool,
+                                                     monkeypatch: pytest.MonkeyPatch) -> None:
     """As launched one by one; with dropout, which a compiler has its own numbers for, as in other graphs."""
-    cuda, run = torch.device("cuda", 0), tiny_run(*flags)
-    one, other = (train.new_run(run.config, Runtime(cuda, bf16=False, compile=compile), run.train.to(cuda),
-                                run.test.to(cuda)) for compile in (graphs, True))
-    learners = train.learner(one), train.learner(other)
+    cuda = torch.device("cuda", 0)
+    one, other = (tiny_state(*flags, runtime=Runtime(cuda, bf16=False, compile=compile)) for compile in (graphs, True))
     for step in range(20):
-        losses = []
-        for run, learn in zip((one, other), learners):
-            run.optimizer.set_rate(1e-3)
-            losses.append(train.training_step(learn, run).item())
-            run.step += 1
+        losses = [state.learner.step(step, lr=1e-3).item() for state in (one, other)]
         assert losses[0] == pytest.approx(losses[1], abs=1e-3), step
-    before = other.network.head.weight.clone()
-    indices, uniform, noise = train.draw_batch(other)
-    assert learners[1](indices, uniform, noise * torch.nan, torch.tensor(0.9, device=cuda)).isnan()
-    assert torch.equal(other.network.head.weight, before)
-    trained = drawing.Trained(other.average, other.schedule, other.config, other.history)
-    order = drawing.Order(other.config.sample, 0, range(5), torch.arange(5))
-    drawn = [drawing.draw(trained, order, replace(other.runtime, compile=compile)) for compile in (True, False, True)]
-    assert torch.equal(drawn[0], drawn[2])
-    torch.testing.assert_close(drawn[0], drawn[1])
-    train.training_step(learners[1], other)  # the graph sees the new weights
-    again = [drawing.draw(trained, order, replace(other.runtime, compile=compile)) for compile in (True, False)]
+
+    def sampled(*compiles: bool) -> list[Tensor]:
+        model = current_model(other)
+        request = sample.make_request(model, other.config.sample, 0, 5)
+        return [sample.sample_images(replace(model, runtime=replace(other.runtime, compile=compile)), request)[0]
+                for compile in compiles]
+
+    def not_finite(*arguments: Any) -> tuple[Tensor, ...]:
+        indices, uniform, noise = dataset.random_batch(*arguments)
+        return indices, uniform, noise * torch.nan
+
+    before = other.learner.network.head.weight.clone()
+    with monkeypatch.context() as patch:
+        patch.setattr(training_step, "random_batch", not_finite)
+        assert other.learner.step(20, lr=1e-3).isnan()
+    assert torch.equal(other.learner.network.head.weight, before)
+    first = sampled(True, False, True)
+    assert torch.equal(first[0], first[2])
+    torch.testing.assert_close(first[0], first[1])
+    other.learner.step(20, lr=1e-3)  # the graph sees the new weights
+    again = sampled(True, False)
     torch.testing.assert_close(*again)
-    assert not torch.equal(again[0], drawn[0])
+    assert not torch.equal(again[0], first[0])
+
+
+# An Apple GPU
+
+
+def test_an_apple_gpu_trains_logs_samples_and_evaluates(own_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both modes as they are, with a pretended device and the classifier of MNIST instead of one trained for it."""
+    monkeypatch.setattr(plots, "save_losses", nothing)
+    monkeypatch.setattr(training_log, "PREVIEW_STEPS", 1)
+    monkeypatch.setattr(reference, "own_classifier", lambda *_: load_classifier())
+    data = ["--data-dir", str(write_set(own_folder / "data", train=600, test=100)), "--steps", "2"]
+    runtime = Runtime(MPS, bf16=False, compile=False)
+    with pretended_mps():
+        config = configs.parse(["--dataset", "idx", *data, "--epochs", "1", "--batch-size", "100", "--preview", "10",
+                                "--num-images", "20", *TINY])
+        assert train.main(config, runtime) == 0
+        evaluate.main(configs.parse(["--mode", "evaluate", "--name", "idx", *data, "--num-images", "200"]), runtime)
+    assert checkpoint.load(Path("checkpoints/idx/last.safetensors"))["step"] == 6
+    written = {path.name for path in Path("results/idx").iterdir()}
+    assert written >= {"metrics.csv", "preview-0000001.png", "sample.png", "samples.npz", "metrics.json"}
+
+
+def test_the_pretended_gpu_refuses_what_a_real_one_does() -> None:
+    with pretended_mps():
+        x = torch.ones(3).to("mps")
+        assert isinstance(x + 1, FakeMps) and (x * 2).device == MPS and x.cpu().device.type == "cpu"
+        for refused in (lambda: x.double(), lambda: torch.zeros(2, device=MPS, dtype=torch.float64),
+                        lambda: torch.ones(3).double().to(MPS), lambda: x + torch.ones(3), lambda: x.numpy()):
+            with pytest.raises((TypeError, RuntimeError)):
+                refused()

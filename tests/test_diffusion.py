@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from config import Config, DiffusionConfig, UserError, validate
+from dataset import NO_LABEL
 from diffusion import (
     MIN_SNR_GAMMA,
-    NO_LABEL,
     NoiseSchedule,
     add_noise,
     diffusion_loss,
@@ -323,7 +323,7 @@ def test_loss_is_per_image_float32_and_zero_for_the_right_answer(prediction, wei
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
-def test_clipped_loss_forgives_what_drawing_clips(prediction):
+def test_clipped_loss_forgives_what_sampling_clips(prediction):
     """An answer that stands for x0_hat costs what its clipped self does where x0 is at an edge, all of it elsewhere."""
     schedule, t = schedule_of("cosine", 100, prediction), torch.tensor([1, 10, 50, 90])
     x0 = torch.tensor([-1.0, 1, 0.5, -1]).repeat(4, 1, 28, 7)
@@ -470,9 +470,19 @@ def test_guidance_within_an_interval():
     schedule, labels, x = schedule_of("linear", 1000), torch.tensor([3, 1]), images(2)
     network = Recorder(lambda x, t, label: 0.1 * x + 0.01 * label[:, None, None, None])
     always, never = (make_denoiser(network, schedule, labels, guidance) for guidance in (2.0, 1.0))
-    within = make_denoiser(network, schedule, labels, 2.0, (250, 750))
+    low, high = schedule.alpha_bar[[750, 251]].tolist()  # of alpha_bar: both ends belong to it
+    within = make_denoiser(network, schedule, labels, 2.0, (low, high))
     for t, expected in ((1, never), (250, never), (251, always), (750, always), (751, never), (1000, never)):
         assert torch.equal(within(x, t), expected(x, t))
+
+
+def test_guidance_is_computed_in_the_dtype_of_the_state():
+    """A prediction in bfloat16 is cast before it is extrapolated: else guidance 8 rounds eight times as coarsely."""
+    schedule, labels, x = schedule_of(prediction="x0"), torch.tensor([3, 1, 4]), images(3) * 0.1
+    network = Recorder(lambda x, t, label: (0.1 * x + 0.01 * label[:, None, None, None]).bfloat16())
+    labelled, free = (network.answer(x, 77, which).float() for which in (labels, torch.full((3,), NO_LABEL)))
+    x0_hat = make_denoiser(network, schedule, labels, 8.0)(x, 77)
+    torch.testing.assert_close(x0_hat, free + 8 * (labelled - free), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)

@@ -1,97 +1,97 @@
-"""modes evaluate and compare, end to end on generated digits: tables, controls, files, the sweep, what they refuse."""
+"""mode evaluate, end to end on generated digits: the table, its baselines, the files, own data, and what it refuses."""
 
-import csv
-import dataclasses
 import io
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 
 import config as configs
 import dataset
-import evaluate
-import likelihood
-from compare import differences, load_side
-from dataset import Digits
-from diffusion import make_schedule
-from model import UNet
+from dataset import LabelledImages, describe
+from evaluation import evaluate
+from evaluation.classifier import load_classifier, train_classifier
+from evaluation.metrics import nearest, share_closer
+from evaluation.reference import Reference
 from run import main
-from support import checkpoint
-from support.extractor import load_extractor
-from support.runtime import Runtime
-from tests.conftest import TINY, write_idx, write_set
-from yardstick import Yardstick
+from sample import choose_labels
+from support import checkpoint, plots
+from tests.conftest import TINY, write_set
+from tests.measuring import FEW, load_few, save_network, write_images
 
-CPU = Runtime(torch.device("cpu"), bf16=False, compile=False)
 Capture = pytest.CaptureFixture[str]
 
 
-def save_network(path: Path, seed: int = 0, flags: tuple[str, ...] = (), **history: Any) -> None:
-    """A checkpoint of random weights."""
-    config = configs.parse(["--dataset", "generated", "--timesteps", "6", *TINY, *flags])
-    torch.manual_seed(seed)
-    network = UNet(config.model)
-    torch.nn.init.normal_(network.head.weight, std=0.05)
-    data = dataset.describe(FEW["train"], "generated")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    checkpoint.save(path, {
-        "config": configs.stored(config), "model": None, "ema": network.state_dict(), "optimizer": None, "step": 100,
-        "history": {"data": data, "alpha_bar": make_schedule(config.diffusion).alpha_bar, "seconds": 60.0, **history}})
-
-
-FEW = {split: Digits(digits.images[:3000], digits.labels[:3000])
-       for split, digits in ((split, dataset.load_generated(split)) for split in ("train", "test"))}
-
-
 @pytest.fixture
-def few_digits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A third of the generated digits, and few of them in the bound, for speed."""
-    monkeypatch.setattr(likelihood, "BOUND_IMAGES", 200)
-    monkeypatch.setattr(likelihood, "CALIBRATION_IMAGES", 100)
-    monkeypatch.setattr(dataset, "load_generated", FEW.__getitem__)
+def untrained(own_folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    load_few(monkeypatch)
+    save_network(Path("some.safetensors"))
+    return ["--mode", "evaluate", "--checkpoint", "some.safetensors", "--num-images", "200", "--steps", "2", "--device",
+            "cpu"]
 
 
-@pytest.fixture
-def untrained(own_folder: Path, few_digits: None) -> list[str]:
-    save_network(own_folder / "some.safetensors")
-    return ["--mode", "evaluate", "--dataset", "generated", "--checkpoint", "some.safetensors", "--num-images", "200",
-            "--steps", "2", "--device", "cpu"]
+def results() -> Path:
+    """The one folder of results."""
+    folder, = Path("results").iterdir()
+    return folder
 
 
-def test_the_table_has_its_controls(untrained: list[str], own_folder: Path, capsys: Capture) -> None:
-    assert main([*untrained, "--bound"]) == 0
+def test_the_table_has_its_baselines_and_a_report_is_replaced_by_its_like_alone(untrained: list[str],
+                                                                                capsys: Capture) -> None:
+    assert main(untrained) == 0
     output = capsys.readouterr().out
-    for word in ("model", "times the floor", "real (floor)", "spread of 5 sets",
-                 "other writers", "noise", "bits/dim", "upper bound", "Extractor", "Memorisation",
-                 "are given below 2,000 images"):
+    for word in ("model", "times the baseline", "baseline: real vs real", "spread of 5 sets", "test set (200)",
+                 "times its baseline", "nearer to a training image", "Classifier", "Errors need at least 2,000 images",
+                 "A class-wise distance needs 100 samples"):
         assert word in output
-    assert "trained on other images" not in output
-    found = json.loads((own_folder / "results/generated/metrics.json").read_text())
-    assert found["images"] == 200 and found["extractor"] == load_extractor().digest
-    floor, noise = (found["controls"][name]["values"] for name in ("real (floor)", "noise"))
-    assert floor["frechet"] < noise["frechet"] and floor["texture"] < noise["texture"]
-    assert floor["recall"] > noise["recall"]
-    assert found["over_floor"]["frechet"][0] == pytest.approx(found["model"]["values"]["frechet"] / floor["frechet"])
-    bound = found["bound"]
-    assert bound["bits_per_dim"] == pytest.approx(bound["L_T"] + bound["L_kl"] + bound["L_0"])
+    assert "trained on other images" not in output and "digits" not in output.lower().replace("generated digits", "")
+    found = json.loads((results() / "metrics.json").read_text())
+    assert found["images"] == 200 and found["classifier"] == load_classifier().digest
+    assert results().name == f"some-{found['sampled_with']['weights'][:8]}"
+    model, base = found["metrics"], found["baseline"]
+    assert base["frechet"]["value"] < model["frechet"]["value"] and base["recall"]["value"] > model["recall"]["value"]
+    assert model["frechet"]["ratio"] == pytest.approx(model["frechet"]["value"] / base["frechet"]["value"])
+    assert found["test_set"]["frechet"]["ratio"] < 3
     for name in ("evaluation.png", "neighbours.png"):
-        with Image.open(own_folder / "results/generated" / name) as picture:
+        with Image.open(results() / name) as picture:
             assert picture.width > 300 and picture.text["sampler"] == configs.SampleConfig().sampler
 
+    assert main(untrained) == 0
+    assert sorted(path.name for path in results().iterdir()) == ["evaluation.png", "metrics.json", "neighbours.png"]
+    assert json.loads((results() / "metrics.json").read_text()) == found
+    assert main([*untrained, "--seed", "1"]) == 0
+    assert "that was there is now in" in capsys.readouterr().out
+    assert sorted(path.name for path in (results() / "old1").iterdir()) == sorted(evaluate.REPORT)
+    assert json.loads((results() / "old1" / "metrics.json").read_text()) == found
+    assert json.loads((results() / "metrics.json").read_text())["sampled_with"]["seed"] == "1"
 
-def test_the_sweep_has_a_row_for_each_cell(untrained: list[str], own_folder: Path) -> None:
-    assert main([*untrained, "--sweep"]) == 0
-    rows = list(csv.DictReader((own_folder / "results/generated/sweep.csv").open()))
-    samplers = [*evaluate.SAMPLERS]
-    assert [(row["sampler"], row["steps"]) for row in rows] == [*((name, "5") for name in samplers), ("ddpm", "6")]
-    assert all(float(row["seconds_per_256"]) > 0 and float(row["frechet"]) > 1 for row in rows)
-    assert Image.open(own_folder / "results/generated/sweep.png").width > 300
+
+def test_any_difference_in_where_a_report_came_from_keeps_it(tmp_path: Path) -> None:
+    identity = {"sampled_with": {"weights": "a", "steps": "13"}, "images": 200, "compared_with": "b", "classifier": "c"}
+    assert evaluate.keep_other_report(tmp_path, identity) is None  # there is none
+    others = [{**identity, "images": 10_000}, {**identity, "compared_with": "d"}, {**identity, "classifier": None},
+              {**identity, "sampled_with": {"weights": "a", "steps": "5"}}]
+    for number, other in enumerate(others, 1):
+        (tmp_path / "metrics.json").write_text(json.dumps({**identity, "metrics": {}}))
+        (tmp_path / "sample.png").write_bytes(b"of mode sample")
+        assert evaluate.keep_other_report(tmp_path, identity) is None
+        assert evaluate.keep_other_report(tmp_path, other) == tmp_path / f"old{number}"
+        assert [path.name for path in (tmp_path / f"old{number}").iterdir()] == ["metrics.json"]
+    assert (tmp_path / "sample.png").exists() and not (tmp_path / "metrics.json").exists()
+
+
+@pytest.mark.parametrize("path, folder", [
+    (checkpoint.own("mine"), "mine"), (checkpoint.PRETRAINED, "shipped"), ("other/last.safetensors", "other-01234567"),
+    ("checkpoints/mine/previous.safetensors", "mine-previous-01234567"), ("mine.safetensors", "mine-01234567")])
+def test_the_results_of_each_checkpoint_have_a_folder_of_their_own(path: Path | str, folder: str) -> None:
+    assert checkpoint.results_folder(Path(path), "0123456789abcdef") == Path("results") / folder
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "cp932"])
@@ -101,6 +101,7 @@ def test_a_console_that_lacks_letters_ends_no_evaluation(encoding: str, untraine
     console = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
     with monkeypatch.context() as patch:
         patch.setattr(sys, "stdout", console)
+        patch.setattr("evaluation.metrics.precision_recall_coverage", lambda *_: (0.5, 0.5, 0.5))
         assert main(untrained) == 0
     console.flush()
     said = console.buffer.getvalue()  # type: ignore[attr-defined]
@@ -109,7 +110,7 @@ def test_a_console_that_lacks_letters_ends_no_evaluation(encoding: str, untraine
 
 @pytest.mark.parametrize("flags, said", [
     (["--num-images", "199"], "--num-images 199"),
-    (["--num-images", "5000"], "draw at most 1500"),
+    (["--num-images", "5000"], "use at most 1500"),
     (["--steps", "7"], "--steps 7"),
     (["--checkpoint", "other.safetensors"], "other.safetensors"),
 ])
@@ -120,146 +121,143 @@ def test_what_can_not_be_measured_is_refused(flags: list[str], said: str, untrai
     assert len(error.splitlines()) == 1 and said in error
 
 
-def test_other_data_have_a_judge_of_their_own(untrained: list[str], own_folder: Path, capsys: Capture,
-                                              monkeypatch: pytest.MonkeyPatch) -> None:
-    """Trained once, named by the data, and used for those alone."""
-    monkeypatch.setattr("support.extractor.EPOCHS", 2)
-    monkeypatch.setattr("support.extractor.FEWEST_STEPS", 1)
-    data = write_set(own_folder / "Mes données à moi", 3000, 250)
-    command = [*untrained, "--dataset", "idx", "--data-dir", str(data)]
-    digests = []
-    for said in ("need a judge of their own", "Judge: "):
-        assert main(command) == 0
-        assert said in capsys.readouterr().out
-        digests.append(json.loads((own_folder / "results/idx/metrics.json").read_text())["extractor"])
-    kept, = (own_folder / "checkpoints/extractors").iterdir()
-    own = load_extractor(kept)
-    assert digests == [own.digest] * 2 and own.digest != load_extractor().digest and own.meta["accuracy"] > 0.9
-    assert dataset.describe(dataset.load_idx(data, "train"), "")["digest"] in kept.name
-    write_set(data, 3000, 150)
-    kept.unlink()
-    assert main(command) == 2 and "150 test images" in capsys.readouterr().err
-
-
-def test_images_of_one_class_are_measured_without_a_judge(untrained: list[str], own_folder: Path,
-                                                          capsys: Capture) -> None:
-    sevens = FEW["train"].images[FEW["train"].labels == 7]
-    sevens = torch.cat([sevens.roll(shift, 3) for shift in (-1, 0, 1)])
-    (own_folder / "data").mkdir()
-    for split, images in (("train", sevens[:600]), ("test", sevens[600:])):
-        for name, values in zip(dataset.FILES[split], (images[:, 0].numpy(), np.full(len(images), 7))):
-            write_idx(own_folder / "data" / name, values)
-    assert main([*untrained, "--dataset", "idx", "--data-dir", "data", "--digits", "7"]) == 0
-    output = capsys.readouterr().out
-    assert "all of one class" in output and "Memorisation" in output and "Extractor" not in output
-    found = json.loads((own_folder / "results/idx/metrics.json").read_text())["model"]["values"]
-    assert set(found) == {"texture", "zeros", "ink", "nearest_pixels"}
-    assert main([*untrained, "--mode", "compare", "--dataset", "idx", "--data-dir", "data", "--num-images", "2000",
-                 "--runs", "some.safetensors", "some.safetensors"]) == 2
-
-
-@pytest.mark.parametrize("counts", [[1] * 5, [90, 6, 1]], ids=["five images", "unequal shares"])
-def test_odd_data_train_and_draw_and_are_measured_or_told_why_not(counts: list[int], own_folder: Path,
-                                                                  capsys: Capture) -> None:
-    digits = FEW["train"]
-    chosen = torch.cat([(digits.labels == k).nonzero()[:1].repeat(count, 1) for k, count in enumerate(counts)])[:, 0]
-    (own_folder / "odd").mkdir()
-    for names in dataset.FILES.values():
-        for name, values in zip(names, (digits.images[chosen, 0].numpy(), digits.labels[chosen].numpy())):
-            write_idx(own_folder / "odd" / name, values)
-    common = ["--dataset", "idx", "--data-dir", "odd", "--device", "cpu", "--steps", "2"]
-    assert main([*common, *TINY, "--timesteps", "6", "--epochs", "1", "--preview", "4", "--num-images", "100"]) == 0
-    drawn = np.load(own_folder / "results/idx/samples.npz")["arr_1"]
-    wanted = np.array(counts) * 100 / sum(counts)
-    assert np.abs(np.bincount(drawn, minlength=len(counts)) - wanted).max() <= 1
-    capsys.readouterr()
-    assert main([*common, "--mode", "evaluate", "--num-images", "200"]) == 2
-    said = capsys.readouterr().err.strip()
-    assert len(said.splitlines()) == 1 and "too few real images for a floor" in said
-
-
-def test_weights_of_another_network_are_refused(untrained: list[str], own_folder: Path, capsys: Capture) -> None:
-    state = checkpoint.load(own_folder / "some.safetensors")
+def test_weights_of_another_network_are_refused(untrained: list[str], capsys: Capture) -> None:
+    state = checkpoint.load(Path("some.safetensors"))
     state["ema"]["stem.weight"] = torch.zeros(8, 3, 3, 3)  # colour images
-    checkpoint.save(own_folder / "some.safetensors", state)
+    checkpoint.save(Path("some.safetensors"), state)
     assert main(untrained) == 2
     assert "stem.weight" in capsys.readouterr().err
 
 
-def test_copying_is_said(few_digits: None) -> None:
-    train = dataset.load_generated("train")
-    yardstick = Yardstick(train, dataset.load_generated("test"), torch.arange(200) % 10, load_extractor())
-    copies = yardstick.measure(train.images[yardstick.sets[0]], yardstick.labels)
-    assert "COPIES" in evaluate.explain(copies, yardstick, "mnist")
-    new = yardstick.measure(dataset.load_generated("test").images[:200], yardstick.labels)
-    assert "no sign of copying" in evaluate.explain(new, yardstick, "mnist")
+# Other data
 
 
-# Compare
+def test_own_data_are_measured_against_themselves_by_a_classifier_of_their_own(
+        own_folder: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The checkpoint knows its data set; a classifier is trained once, named by its images and used for them alone."""
+    monkeypatch.setattr("evaluation.classifier.train_classifier", partial(train_classifier, epochs=2))
+    monkeypatch.setattr("evaluation.classifier.FEWEST_STEPS", 1)
+    folder = write_set(own_folder / "Mes données à moi", 3000, 250)
+    data = describe(dataset.load(configs.parse(["--dataset", "idx", "--data-dir", str(folder)]), "train"), "idx")
+    save_network(Path("checkpoints/own/last.safetensors"), data=data)
+    command = ["--mode", "evaluate", "--name", "own", "--num-images", "200", "--steps", "2", "--device", "cpu"]
+    assert main(command) == 2
+    assert "say with --data-dir in which folder" in capsys.readouterr().err  # not MNIST
+    command += ["--data-dir", str(folder)]
+    digests = []
+    for said in ("need a classifier of their own", "Classifier: "):
+        assert main(command) == 0
+        assert said in capsys.readouterr().out
+        found = json.loads(Path("results/own/metrics.json").read_text())
+        assert found["compared_with"] == data["digest"]
+        digests.append(found["classifier"])
+    kept, = Path("checkpoints/classifiers").iterdir()
+    own = load_classifier(kept)
+    assert digests == [own.digest] * 2 and own.digest != load_classifier().digest and own.meta["accuracy"] > 0.9
+    assert data["digest"] in kept.name
+    write_set(folder, 3000, 150)  # the same training images
+    kept.unlink()
+    assert main(command) == 2 and "150 test images" in capsys.readouterr().err
+    write_set(folder, 2999, 250)  # others under the same name
+    for flags in ([], ["--dataset", "idx"]):
+        assert main([*command, *flags]) == 2
+        assert f"digest {data['digest']}" in capsys.readouterr().err
 
 
-@pytest.fixture
-def two(own_folder: Path, few_digits: None, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Flags that compare a run with another, which is its twin but for its weights, its rate and its code."""
-    for module in ("yardstick", "compare"):
-        monkeypatch.setattr(f"{module}.FEWEST_BLOCKS", 10)
-    monkeypatch.setattr("yardstick.FEWEST_DRAWN", 80)
-    save_network(Path("checkpoints/one/last.safetensors"), code={"model.py": "a", "train.py": "b"})
-    save_network(Path("checkpoints/two/last.safetensors"), 1, ("--lr", "0.1"), code={"model.py": "c", "train.py": "b"},
-                 seconds=120.0)
-    return ["--mode", "compare", "--dataset", "generated", "--num-images", "1000", "--steps", "2", "--device", "cpu"]
-
-
-def test_a_comparison_end_to_end(two: list[str], own_folder: Path, capsys: Capture) -> None:
-    assert main([*two, "--runs", "one", "two"]) == 0
+def test_images_of_one_class_are_measured_without_a_classifier(untrained: list[str], capsys: Capture) -> None:
+    sevens = FEW["train"].images[FEW["train"].labels == 7]
+    sevens = torch.cat([sevens.roll(shift, 3) for shift in (-1, 0, 1)])
+    write_images(Path("data"), *(LabelledImages(part, torch.full((len(part),), 7)) for part in sevens.split(600)))
+    data = ["--dataset", "idx", "--data-dir", "data"]
+    assert main([*untrained, *data, "--digits", "7"]) == 0
     output = capsys.readouterr().out
-    for said in ("lr was 0.002, now 0.1", "Code in which they differ: model.py.", "b has 2.00 times a's",
-                 "in class (decides)", "95% interval", "about these two networks", "compare.png"):
-        assert said in output, said
-    assert "they did not see as many images" not in output
-    found = json.loads(Path("results/generated/compare.json").read_text())
-    assert [side["name"] for side in found["sides"]] == ["one", "two"]
-    verdict = found["verdicts"]["within"]
-    assert verdict["interval"][0] < verdict["b"] - verdict["a"] < verdict["interval"][1]
-    assert verdict["verdict"] in ("better", "worse", "no difference shown")
-    assert Image.open("results/generated/compare.png").width > 500
+    assert "all of one class" in output and "nearer to a training image" in output and "Classifier" not in output
+    assert "note: this checkpoint was trained on other images (generated)" in output
+    found = json.loads((results() / "metrics.json").read_text())
+    assert found["metrics"].keys() == {"texture", "zeros", "mean_intensity"} and found["classifier"] is None
+    save_network(Path("some.safetensors"), data=describe(dataset.load(configs.parse(data), "train"), "idx"))
+    assert main(["--mode", "compare", *data, "--num-images", "2000", "--steps", "2", "--runs", "some.safetensors",
+                 "some.safetensors --steps 3"]) == 2
+    assert "all images are of one class" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("runs, said", [
-    (["one", "three"], "there is no checkpoints/three/last.safetensors"),
-    (["one", "old.pt"], "there is no old.pt"),
-    (["one", "two --seed 3"], "only how it is drawn"),
-    (["one", "two --num-images 300"], "only how it is drawn"),
-    (["one", "two --steps 7"], "--steps 7"),
-    (["one", "two --stepps 7"], "--stepps"),
-    (["one", "pretrained"], "were trained on other images"),
-    (["one", "two,two"], "the same weights twice"),
-    (["one", "it's"], "quotes don't match"),
-    (["one", ""], "there is no"),
-])
-def test_what_does_not_compare_is_refused(runs: list[str], said: str, two: list[str], capsys: Capture) -> None:
-    assert main([*two, "--runs", *runs]) == 2
-    error = capsys.readouterr().err.strip()
-    assert len(error.splitlines()) == 1 and said in error, error
+@pytest.mark.parametrize("counts", [[1] * 5, [90, 6, 1]], ids=["five images", "unequal shares"])
+def test_odd_data_train_and_are_sampled_and_measured_or_told_why_not(counts: list[int], own_folder: Path,
+                                                                     capsys: Capture) -> None:
+    images = FEW["train"]
+    chosen = torch.cat([(images.labels == k).nonzero()[:1].repeat(count, 1) for k, count in enumerate(counts)])[:, 0]
+    write_images(Path("odd"), images[chosen], images[chosen])
+    common = ["--dataset", "idx", "--data-dir", "odd", "--device", "cpu", "--steps", "2"]
+    assert main([*common, *TINY, "--timesteps", "6", "--epochs", "1", "--preview", "4", "--num-images", "150"]) == 0
+    labels = np.load("results/idx/samples.npz")["arr_1"]
+    assert np.bincount(labels).tolist() == [150 // len(counts)] * len(counts)  # each class equally often
+    capsys.readouterr()
+    assert main([*common, "--mode", "evaluate", "--num-images", "200"]) == 2
+    said = capsys.readouterr().err.strip()
+    assert len(said.splitlines()) == 1 and "too few real images for a baseline" in said
 
 
-def test_comparing_takes_two_sides_and_enough_images(two: list[str], capsys: Capture) -> None:
-    assert main(two) == 2 and "add --runs A B" in capsys.readouterr().err
-    assert main([*two, "--runs", "one", "two", "--digits", "none", "--guidance", "1"]) == 2
-    assert "draws without labels" in capsys.readouterr().err
-    assert main([*two, "--runs", "one", "two", "--num-images", "999"]) == 2
-    assert "at least 1,000" in capsys.readouterr().err
+# What is said and shown
 
 
-def test_a_side_has_its_own_way_of_drawing_or_several_runs(two: list[str]) -> None:
-    config = configs.parse(two)
-    plain, own = (load_side(text, config, 2000, CPU) for text in ("one", "one --guidance 1.4 --sampler ddim --eta 0.5"))
-    expected = dataclasses.replace(config.sample, guidance_interval=(3, 4))  # of 6 noise levels
-    assert plain.orders[0].options == expected and own.orders[0].options.guidance == 1.4
-    assert torch.equal(plain.orders[0].labels, own.orders[0].labels)
-    said = " ".join(differences(plain, own))
-    assert "guidance is" in said and "sampler is sa, and ddim" in said and "Code" not in said
-    save_network(Path("checkpoints/three/last.safetensors"), 2)
-    several = load_side("one,two,checkpoints/three/last.safetensors", config, 2000, CPU)
-    assert [trained.step for trained in several.trained] == [100] * 3
-    assert "3 trainings" in differences(plain, several)[1]
+@pytest.fixture(scope="module")
+def four_classes() -> Reference:
+    """On four classes, with too few test images of class 3."""
+    test = FEW["test"]
+    kept = torch.cat([(test.labels == k).nonzero().flatten()[:60 if k == 3 else 100] for k in range(10)])
+    return Reference(FEW["train"], test[kept], choose_labels("4301", 0, range(400), range(10)), load_classifier())
+
+
+def test_copying_is_said(four_classes: Reference) -> None:
+    base = four_classes.baseline
+    for images, said in ((four_classes.train.images[base.sets[0]], "COPIES"),
+                         (four_classes.test_subset.images.repeat(2, 1, 1, 1)[:400], "no sign of copying")):
+        measured = four_classes.measure(images, base.labels)
+        closer = share_closer(*(nearest(each, four_classes.train.images)[0]
+                                for each in (images, four_classes.test_subset.images)))
+        assert said in evaluate.explain(measured, four_classes, closer, "mnist")
+
+
+def test_classes_are_shown_in_order_and_only_those_that_are_there(four_classes: Reference, tmp_path: Path,
+                                                                  monkeypatch: pytest.MonkeyPatch) -> None:
+    """A class with too few test images gets a word, in the text and in its place in the picture."""
+    figures: list[Any] = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
+    base = four_classes.baseline
+    measured = four_classes.measure(four_classes.train.images[base.sets[0]], base.labels)
+    assert "Too few test images for a class-wise distance of class 3." in evaluate.explain(
+        measured, four_classes, 0.0, "mnist")
+    assert "class 3 (Dress)." in evaluate.explain(measured, four_classes, 0.0, "fashion-mnist")
+    shown = evaluate.pictured(measured, four_classes, torch.rand(400), torch.rand(360))
+    assert [*shown["ratios"]] == ["all", "texture", "0", "1", "3", "4"]
+    assert [*shown["test_ratios"]] == ["all", "texture", "0", "1", "4"]
+    assert shown["classes"] == sorted(shown["classes"]) and {0, 1, 3, 4} <= {*shown["classes"]} < {*range(10)}
+    assert shown["histogram"]["asked"] == [100 if k in (0, 1, 3, 4) else 0 for k in shown["classes"]]
+    plots.save_evaluation(tmp_path / "evaluation.png", shown, {})
+    distances, classes, *_ = figures[0].axes
+    text, = distances.texts
+    assert text.get_text() == "too few test images" and text.get_position()[1] == [*shown["ratios"]].index("3")
+    assert [label.get_text() for label in classes.get_xticklabels()] == [*map(str, shown["classes"])]
+
+
+def test_a_distance_that_is_missing_has_its_reason(four_classes: Reference) -> None:
+    few = FEW["train"].images[:200], FEW["train"].labels[:200]
+    assert "A class-wise distance needs 100 samples with the label of a class" in evaluate.explain(
+        four_classes.measure(*few), four_classes, 0.0, "mnist")
+
+
+def test_neighbours_are_the_nearest_pair_of_each_class(four_classes: Reference, tmp_path: Path,
+                                                       monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, Any] = {}
+    monkeypatch.setattr(plots, "save_neighbours", lambda path, sampled, nearest, distances, metadata: seen.update(
+        sampled=sampled, nearest=nearest, distances=distances))
+    images, labels = FEW["test"].images[:400], four_classes.baseline.labels
+    neighbours = distances, indices = nearest(images, four_classes.train.images)
+    evaluate.save_neighbours(tmp_path / "neighbours.png", images, labels, neighbours, four_classes, {})
+    assert len(seen["sampled"]) == 4
+    for place, k in enumerate((0, 1, 3, 4)):
+        own = torch.where(labels == k, distances, torch.inf)
+        closest = own.argmin()
+        assert seen["distances"][place] == own.min()
+        assert torch.equal(seen["sampled"][place], images[closest])
+        assert torch.equal(seen["nearest"][place], four_classes.train.images[indices[closest]])

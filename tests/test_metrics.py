@@ -1,4 +1,4 @@
-"""Each measure against a closed form, an independent implementation or a constructed case; no data set is needed."""
+"""Each metric against a closed form, an independent implementation or a constructed case; no data set is needed."""
 
 from pathlib import Path
 
@@ -12,9 +12,9 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from config import UserError
-from support import metrics
+from evaluation import metrics
+from evaluation.classifier import SHIPPED, Classifier, extract, load_classifier
 from support.checkpoint import read_tensors, weights_digest
-from support.extractor import EXTRACTOR, Extractor, extract, load_extractor
 from tests.conftest import frechet_distance
 
 FONTS = ("DejaVuSans.ttf", "DejaVuSans-Bold.ttf", "DejaVuSerif.ttf", "cmr10.ttf", "STIXGeneral.ttf")
@@ -39,47 +39,47 @@ def printed_digits(copies: int, seed: int = 0) -> tuple[Tensor, Tensor]:
 
 
 @pytest.fixture(scope="module")
-def extractor() -> Extractor:
-    return load_extractor()
+def classifier() -> Classifier:
+    return load_classifier()
 
 
-# The extractor
+# The classifier
 
 
-def test_shipped_extractor_reads_digits(extractor: Extractor) -> None:
+def test_shipped_classifier_reads_digits(classifier: Classifier) -> None:
     images, labels = printed_digits(10)
-    features, probabilities = extract(extractor, images, batch=64)
+    features, probabilities = extract(classifier, images, batch=64)
     assert (probabilities.argmax(1) == labels).double().mean() > 0.95
     assert features.shape == (100, 64) and probabilities.sum(1).allclose(torch.ones(100))
-    torch.testing.assert_close(features, extract(extractor, images, batch=100)[0], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(features, extract(classifier, images, batch=100)[0], rtol=1e-4, atol=1e-4)
 
 
-def test_shipped_extractor_is_small_and_says_how_it_was_made(extractor: Extractor) -> None:
-    assert EXTRACTOR.stat().st_size < 1e6
-    assert extractor.meta["accuracy"] >= 0.995
-    assert extractor.meta["command"].startswith("python benchmarks/train_extractor.py")
-    assert len(extractor.digest) == 16 and not extractor.training
-    assert load_extractor().digest == extractor.digest == weights_digest(extractor.state_dict())
+def test_shipped_classifier_is_small_and_says_how_it_was_made(classifier: Classifier) -> None:
+    assert SHIPPED.stat().st_size < 1e6
+    assert classifier.meta["accuracy"] >= 0.995
+    assert classifier.meta["command"].startswith("python benchmarks/train_")
+    assert len(classifier.digest) == 16 and not classifier.training
+    assert load_classifier().digest == classifier.digest == weights_digest(classifier.state_dict())
 
 
-def test_damaged_or_missing_extractor_is_a_user_error(tmp_path: Path) -> None:
+def test_damaged_or_missing_classifier_is_a_user_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such file"):
-        load_extractor(tmp_path / "none.safetensors")
-    path, whole = tmp_path / "extractor.safetensors", EXTRACTOR.read_bytes()
+        load_classifier(tmp_path / "none.safetensors")
+    path, whole = tmp_path / "classifier.safetensors", SHIPPED.read_bytes()
     for broken in (b"", b"not a file of tensors", whole[:1000], whole[:-1000]):
         path.write_bytes(broken)
-        with pytest.raises(UserError, match=r"extractor\.safetensors: damaged"):
-            load_extractor(path)
-    state, metadata = read_tensors(EXTRACTOR, "")
+        with pytest.raises(UserError, match=r"classifier\.safetensors: damaged"):
+            load_classifier(path)
+    state, metadata = read_tensors(SHIPPED, "")
     state["head.bias"][0] += 1e-3
     path.write_bytes(safetensors.torch.save(state, metadata))
     with pytest.raises(UserError, match="digest"):
-        load_extractor(path)
+        load_classifier(path)
     for other, said in (({}, metadata), ({"head.bias": torch.zeros(3)}, metadata), (state, {}),
                         (state, {**metadata, "meta": "{"})):
         path.write_bytes(safetensors.torch.save(other, said))
         with pytest.raises(UserError, match="no classifier"):
-            load_extractor(path)
+            load_classifier(path)
 
 
 # Fréchet distance
@@ -150,22 +150,22 @@ def test_moments_add_up_by_class_and_block_and_take_any_shares() -> None:
 # Texture
 
 
-def test_texture_reacts_where_digit_features_do_not(extractor: Extractor) -> None:
+def test_texture_reacts_where_digit_features_do_not(classifier: Classifier) -> None:
     images, _ = printed_digits(60)
     real, other = images[:300], images[300:]
     level = other.float()
     blur = torch.tensor([1.0, 2, 1]).outer(torch.tensor([1.0, 2, 1]))[None, None] / 16
     grain = torch.randint(-3, 4, level.shape, generator=random()) * (level == 0)
     damage = {"grain": (level + grain).clamp(0, 255), "blur": F.conv2d(level, blur, padding=1), "contrast": 0.9 * level}
-    texture, features = metrics.texture_features(real), extract(extractor, real)[0]
-    texture_floor = frechet_distance(metrics.texture_features(other), texture)
-    digit_floor = frechet_distance(extract(extractor, other)[0], features)
+    texture, features = metrics.texture_features(real), extract(classifier, real)[0]
+    texture_baseline = frechet_distance(metrics.texture_features(other), texture)
+    digit_baseline = frechet_distance(extract(classifier, other)[0], features)
     for name, changed in damage.items():
         changed = changed.round().byte()
-        seen = frechet_distance(metrics.texture_features(changed), texture) / texture_floor
+        seen = frechet_distance(metrics.texture_features(changed), texture) / texture_baseline
         assert seen > (1.5 if name == "contrast" else 8), name
-    digits = extract(extractor, (level + grain).clamp(0, 255).byte())[0]
-    assert frechet_distance(digits, features) < 1.5 * digit_floor
+    digits = extract(classifier, (level + grain).clamp(0, 255).byte())[0]
+    assert frechet_distance(digits, features) < 1.5 * digit_baseline
 
 
 def test_texture_filters_are_orthonormal_and_blind_to_brightness() -> None:
@@ -181,7 +181,7 @@ def test_texture_filters_are_orthonormal_and_blind_to_brightness() -> None:
 
 def overlap(real: Tensor, fake: Tensor, k: int = 5, block: int = 1000) -> tuple[float, float, float]:
     real_radius, fake_radius = (metrics.radius(points, k, block) for points in (real, fake))
-    return metrics.precision_recall_coverage(real, fake, real_radius, fake_radius, block)
+    return metrics.precision_recall_coverage(real, real_radius, fake, fake_radius, block)
 
 
 def test_overlap_of_points_on_a_line() -> None:
@@ -229,9 +229,8 @@ def test_nearest_against_brute_force(shape: tuple[int, ...]) -> None:
     assert distances[3] == 0 and distances[5] == 1
 
 
-def test_memorisation_tells_copies_from_new_images() -> None:
+def test_the_share_that_is_closer_tells_copies_from_new_images() -> None:
     test = 1 + torch.rand(2000, generator=random(1))
-    fresh = metrics.memorisation(1 + torch.rand(1000, generator=random(2)), test)
-    copied = metrics.memorisation(torch.cat([torch.zeros(300), 1 + torch.rand(700, generator=random(2))]), test)
-    assert fresh["ratio"] == pytest.approx(1, abs=0.03) and fresh["share_closer"] < 0.03
-    assert copied["ratio"] < 0.9 and copied["share_closer"] == pytest.approx(0.3, abs=0.03)
+    assert metrics.share_closer(1 + torch.rand(1000, generator=random(2)), test) < 0.03
+    copied = torch.cat([torch.zeros(300), 1 + torch.rand(700, generator=random(2))])
+    assert metrics.share_closer(copied, test) == pytest.approx(0.3, abs=0.03)

@@ -1,13 +1,17 @@
-"""The U-Net: shapes, what its inputs change, its size, and its count of floating-point operations."""
+"""The U-Net: shapes, what its inputs change, its size and operations; and Muon, which trains its convolutions."""
 
+import copy
 import math
 from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
-from config import ModelConfig
-from model import NO_LABEL, Attention, UNet, count_parameters, gflop_per_image, time_features
+from config import ModelConfig, TrainConfig
+from dataset import NO_LABEL
+from model import Attention, UNet, time_features
+from optimizer import Optimizer
 
 SMALL = ModelConfig(channels=(8, 16, 24), blocks=(1, 1, 1), attention=(7,), embedding=16, groups=4)
 
@@ -159,9 +163,14 @@ def test_time_features_tell_all_timesteps_apart():
 
 
 def test_the_default_network_is_within_its_budget():
-    network = UNet(ModelConfig())
-    assert count_parameters(network) == sum(math.prod(p.shape) for p in network.parameters()) <= 2_300_000
+    assert sum(weight.numel() for weight in UNet(ModelConfig()).parameters()) <= 2_300_000
     assert gflop_per_image(ModelConfig()) < 0.4
+
+
+def gflop_per_image(config):
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        UNet(config)(torch.empty(1, 1, 28, 28), torch.empty(1), torch.empty(1, dtype=torch.long))
+    return counter.get_total_flops() / 1e9
 
 
 @pytest.mark.parametrize("attention", [(), (7,), (14, 7)])
@@ -185,3 +194,37 @@ def test_gflop_is_a_count_by_hand(attention):
         if pixels in attention:
             count += 2 * (conv(pixels, channels, 4 * channels, 1) + 2 * pixels**4 * channels)
     assert gflop_per_image(config) == pytest.approx(2 * count / 1e9, rel=1e-9)
+
+
+# Muon, on networks in either memory format
+
+
+def stepped(network, optimizer="muon", steps=2):
+    """A copy of the network after a few steps, with gradients that follow from the step and the weight's name."""
+    network = copy.deepcopy(network)
+    chosen = Optimizer(network, TrainConfig(optimizer=optimizer, lr=1e-2))
+    for step in range(steps):
+        random = torch.Generator().manual_seed(step)
+        for weight in network.parameters():
+            weight.grad = torch.empty_like(weight).copy_(torch.randn(weight.shape, generator=random))
+        chosen.step(torch.tensor(True))
+    return network
+
+
+def test_muon_moves_every_weight_whatever_its_memory_format():
+    """Where weights are not channels_last, their matrices are copies: the update has to reach the weights."""
+    config = replace(SMALL, attention=(7,))
+    contiguous = small_network(config)
+    last, mixed = copy.deepcopy(contiguous).to(memory_format=torch.channels_last), copy.deepcopy(contiguous)
+    for weight in [weight for weight in mixed.parameters() if weight.ndim == 4][::2]:  # so one shape has both formats
+        weight.data = weight.data.to(memory_format=torch.channels_last)
+    networks = {"contiguous": contiguous, "channels_last": last, "mixed": mixed}
+    moved = {name: dict(stepped(network).named_parameters()) for name, network in networks.items()}
+    for name, before in contiguous.named_parameters():
+        after = moved["channels_last"][name]
+        assert (after - before).abs().max() > 1e-3, name
+        for other in ("contiguous", "mixed"):
+            torch.testing.assert_close(moved[other][name], after, rtol=0, atol=1e-6, msg=f"{name}, {other}")
+    inner = [name for name, p in contiguous.named_parameters() if p.ndim == 4 and min(p.shape[:2]) > 1]
+    adamw = dict(stepped(contiguous, "adamw").named_parameters())
+    assert all(not torch.allclose(moved["mixed"][name], adamw[name], atol=1e-3) for name in inner), "not Muon's update"

@@ -1,11 +1,12 @@
 """A run that cannot be lost: bad numbers, full disks, damaged files, changed settings, signals and several processes.
 
 Most of it runs in this process through `main(argv)`; kills of real processes are in test_end_to_end.py and, by the
-dozen, in benchmarks/stress.py.
+dozen, in tests/slow/stress.py.
 """
 
 import contextlib
 import csv
+import errno
 import itertools
 import math
 import os
@@ -13,9 +14,13 @@ import re
 import shutil
 import signal
 import stat
+import subprocess
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,19 +32,24 @@ import torch
 import config as configs
 import dataset
 import train
+import training_state
+import training_step
 from config import UserError
-from diffusion import NoiseSchedule
+from diffusion import NoiseSchedule, diffusion_loss
+from optimizer import Optimizer
 from run import main
-from support import checkpoint, files, plots
-from support.optimizer import Optimizer
-from support.runtime import Runtime, choose_device, compiled
+from support import checkpoint, console, files, plots, runtime
+from support.cuda_graphs import compiled
+from support.runtime import Runtime, choose_device
 from tests.conftest import ROOT, TINY, write_set
-from tests.processes import assert_close, assert_same, learned, nothing, start, start_ranks, wait_for
+from tests.processes import Program, assert_close, assert_same, learned, nothing, start, start_ranks
+from training_step import Learner
 
 RUN = ["--dataset", "idx", "--batch-size", "8", "--epochs", "2", "--timesteps", "100", "--preview", "0",
        "--device", "cpu", *TINY, "--steps", "3", "--num-images", "16"]  # 16 steps
 SAMPLE = ["--mode", "sample", "--dataset", "idx", "--device", "cpu", "--steps", "3", "--num-images", "16"]
 LAST, PREVIOUS = Path("checkpoints/idx/last.safetensors"), Path("checkpoints/idx/previous.safetensors")
+CPU = Runtime(torch.device("cpu"), bf16=False, compile=False)
 Capture = pytest.CaptureFixture[str]
 
 
@@ -101,25 +111,25 @@ def change(path: Path, edit: Callable[[dict[str, Any]], Any]) -> None:
 
 def stop_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ctrl-C in that step of the run, and in none after it."""
-    taken = train.training_step
+    taken = Learner.step
 
-    def with_signal(learn: Any, run: train.Run) -> torch.Tensor:
-        if run.step == step - 1:
-            monkeypatch.setattr(train, "training_step", taken)
+    def with_signal(learner: Learner, number: int, lr: float) -> torch.Tensor:
+        if number == step - 1:
+            monkeypatch.setattr(Learner, "step", taken)
             os.kill(os.getpid(), signal.SIGINT)
-        return taken(learn, run)
+        return taken(learner, number, lr)
 
-    monkeypatch.setattr(train, "training_step", with_signal)
+    monkeypatch.setattr(Learner, "step", with_signal)
 
 
 def poison(steps: range, monkeypatch: pytest.MonkeyPatch) -> None:
     """Makes the loss of these training steps (counted from 1) not finite."""
-    loss, count = train.diffusion_loss, itertools.count(1)
+    count = itertools.count(1)
 
     def poisoned(*arguments: Any) -> torch.Tensor:
-        return loss(*arguments) * (torch.nan if next(count) in steps else 1)
+        return diffusion_loss(*arguments) * (torch.nan if next(count) in steps else 1)
 
-    monkeypatch.setattr(train, "diffusion_loss", poisoned)
+    monkeypatch.setattr(training_step, "diffusion_loss", poisoned)
 
 
 # Numbers
@@ -132,27 +142,25 @@ def poison(steps: range, monkeypatch: pytest.MonkeyPatch) -> None:
 ], ids=["one nan", "inf", "gradient"])
 def test_a_step_that_is_not_finite_changes_nothing(broken: Callable[[torch.Tensor], torch.Tensor], flags: list[str],
                                                    tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config, cpu = configs.parse(flags), Runtime(torch.device("cpu"), bf16=False, compile=False)
-    run = train.new_run(config, cpu, dataset.load(config, "train"), dataset.load(config, "test"))
-    loss = train.diffusion_loss
+    config = configs.parse(flags)
+    learner = Learner(config, dataset.load(config, "train"), CPU)
 
     def step() -> bool:
         """Whether it was taken."""
-        return math.isfinite(train.training_step(train.learner(run), run).item())
+        return math.isfinite(learner.step(0, lr=1e-3).item())
 
     def everything() -> str:
         path = tmp_path / "all.safetensors"
-        checkpoint.save(path, {"model": run.network.state_dict(), "ema": run.average.state_dict(), "config": {},
-                               "optimizer": run.optimizer.state_dict(), "step": 0, "history": {}})
+        checkpoint.save(path, {"model": learner.network.state_dict(), "ema": learner.average.state_dict(),
+                               "optimizer": learner.optimizer.state_dict(), "config": {}, "step": 0, "history": {}})
         return checkpoint.load(path)["digest"]
 
-    run.optimizer.set_rate(1e-3)
     assert step()
     before = everything()
-    monkeypatch.setattr(train, "diffusion_loss", lambda *arguments: broken(loss(*arguments)))
+    monkeypatch.setattr(training_step, "diffusion_loss", lambda *arguments: broken(diffusion_loss(*arguments)))
     assert not step() and everything() == before
-    assert all(parameter.grad is None for parameter in run.network.parameters())
-    monkeypatch.setattr(train, "diffusion_loss", loss)
+    assert all(parameter.grad is None for parameter in learner.network.parameters())
+    monkeypatch.setattr(training_step, "diffusion_loss", diffusion_loss)
     assert step() and everything() != before
 
 
@@ -165,7 +173,7 @@ def test_skipped_steps_are_counted(own_folder: Path, flags: list[str], monkeypat
     assert [row["skipped"] for row in rows if row["step"] in ("2", "3", "4", "16")] == ["0", "1", "2", "2"]
 
 
-def test_many_bad_steps_in_a_row_end_the_run_and_leave_the_checkpoint(own_folder: Path, flags: list[str],
+def test_many_skipped_steps_in_a_row_end_the_run_and_leave_the_checkpoint(own_folder: Path, flags: list[str],
                                                                       monkeypatch: pytest.MonkeyPatch,
                                                                       capsys: Capture) -> None:
     flags = [*flags, "--epochs", "3"]
@@ -176,14 +184,14 @@ def test_many_bad_steps_in_a_row_end_the_run_and_leave_the_checkpoint(own_folder
     assert "not finite in 20 steps in a row" in line and "step 23" in line and "--lr" in line and str(LAST) in line
     state = checkpoint.load(LAST)
     assert state["step"] == 3 and state["history"]["skipped"] == 0
-    # Where the numbers are good again, it goes on.
+    # Where the numbers are finite again, it resumes.
     assert main(flags) == 0 and "3 steps, 0.4 epochs" in capsys.readouterr().out
 
 
-def test_a_run_that_never_was_good_has_no_checkpoint(own_folder: Path, flags: list[str],
+def test_a_run_without_a_finite_step_has_no_checkpoint(own_folder: Path, flags: list[str],
                                                      monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
     poison(range(1000), monkeypatch)
-    monkeypatch.setattr(train, "BAD_STEPS", 3)
+    monkeypatch.setattr(training_state, "BAD_STEPS", 3)
     assert "last.safetensors" not in refused([*flags, "--epochs", "3"], capsys) and not LAST.exists()
 
 
@@ -192,7 +200,7 @@ def test_weights_that_are_not_finite_are_not_saved(there: Path, flags: list[str]
     before = checkpoint.load(LAST)
     monkeypatch.setattr(train, "SAVE_SECONDS", 0.0)
     monkeypatch.setattr(Optimizer, "step",
-                        lambda self, good: self.parts["muon"].param_groups[0]["params"][0].data.fill_(torch.nan))
+                        lambda self, finite: self.parts["muon"].param_groups[0]["params"][0].data.fill_(torch.nan))
     line = refused([*flags, "--epochs", "3"], capsys)
     assert "not finite after step 17" in line and str(LAST) in line
     after = checkpoint.load(LAST)
@@ -200,10 +208,10 @@ def test_weights_that_are_not_finite_are_not_saved(there: Path, flags: list[str]
                                        for name, weight in before["model"].items())
 
 
-def test_weights_that_draw_nonsense_are_called_out(there: Path, capsys: Capture) -> None:
+def test_weights_that_sample_nonsense_are_called_out(there: Path, capsys: Capture) -> None:
     weights = checkpoint.load(LAST)["ema"]
 
-    def draw_with(prediction: str, **filled: float) -> None:
+    def sample_with(prediction: str, **filled: float) -> None:
         def edit(state: dict[str, Any]) -> None:
             state["config"]["diffusion"]["prediction"] = prediction
             state["ema"] = {name: torch.full_like(value, filled.get(name.replace(".", "_"), 0))
@@ -216,20 +224,20 @@ def test_weights_that_draw_nonsense_are_called_out(there: Path, capsys: Capture)
         assert main(SAMPLE) == 0
         return capsys.readouterr().out
 
-    draw_with("x0", head_bias=-1)
+    sample_with("x0", head_bias=-1)
     assert "all black" in said()
-    draw_with("v")  # x0_hat = alpha x_t
+    sample_with("v")  # x0_hat = alpha x_t
     assert "static" in said()
     pictures = {path: path.read_bytes() for path in Path("results/idx").iterdir()}
-    draw_with("x0", stem_weight=3e38, norm_weight=1, head_weight=1)
+    sample_with("x0", stem_weight=3e38, norm_weight=1, head_weight=1)
     line = refused(SAMPLE, capsys)
     assert ("stopped being finite at t = " in line
             and pictures == {path: path.read_bytes() for path in Path("results/idx").iterdir()})
-    draw_with("x0", head_weight=torch.nan)
+    sample_with("x0", head_weight=torch.nan)
     assert "head.weight is not finite" in refused(SAMPLE, capsys)
 
 
-# Going on
+# Resuming
 
 
 def test_dropout_is_the_same_after_a_stop(own_folder: Path, flags: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -261,7 +269,7 @@ def test_a_stop_in_the_last_step_between_two_rows_loses_no_row(own_folder: Path,
     assert [row["step"] for row in learned(own_folder)["rows"]][-2:] == ["23", "24"]
 
 
-def test_a_run_that_was_killed_while_drawing_draws(there: Path, flags: list[str], capsys: Capture) -> None:
+def test_a_run_that_was_killed_while_sampling_samples(there: Path, flags: list[str], capsys: Capture) -> None:
     before, samples = LAST.read_bytes(), Path("results/idx/samples.npz")
     pictures = learned(there)["pictures"]
     samples.unlink()
@@ -279,15 +287,15 @@ def test_more_epochs_extend_a_run_and_say_what_the_rate_does(schedule: str, end:
     capsys.readouterr()
     assert main([*flags, "--epochs", "2"]) == 0
     output = capsys.readouterr().out
-    assert "Its length is now 2 epochs, no longer 1 epoch:" in output and end in output
-    assert ("goes from 0 to 0.005" if schedule == "linear" else "goes from 0.01 to 0.01") in output
+    assert "Its length is now 2 epochs instead of 1 epoch:" in output and end in output
+    assert ("changes from 0 to 0.005" if schedule == "linear" else "changes from 0.01 to 0.01") in output
     rows = learned(own_folder)["rows"]
     assert rows[:len(short)] == short and rows[-1]["step"] == "16"
 
 
 def test_minutes_used_are_remembered(own_folder: Path, flags: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """With a clock that a step moves on by a second."""
-    clock, taken = SimpleNamespace(seconds=0.0), train.training_step
+    clock, taken = SimpleNamespace(seconds=0.0), Learner.step
 
     def step(*arguments: Any) -> torch.Tensor:
         clock.seconds += 1
@@ -295,7 +303,7 @@ def test_minutes_used_are_remembered(own_folder: Path, flags: list[str], monkeyp
             os.kill(os.getpid(), signal.SIGINT)
         return taken(*arguments)
 
-    monkeypatch.setattr(train, "training_step", step)
+    monkeypatch.setattr(Learner, "step", step)
     monkeypatch.setattr(train, "time", SimpleNamespace(perf_counter=lambda: clock.seconds))
     flags = [*flags, "--minutes", "0.2"]
     assert main(flags) == 130 and checkpoint.load(LAST)["history"]["seconds"] == 4
@@ -313,8 +321,8 @@ def test_fresh_keeps_what_was_there(there: Path, flags: list[str], idx_folder: P
         assert checkpoint.load(LAST)["step"] == 8
         kept = Path(f"results/idx/old{number}")
         assert (kept / "metrics.csv").exists() and {path.name for path in kept.iterdir()} >= pictures.keys()
-    assert Path("checkpoints/idx/old1-last.safetensors").read_bytes() == old
-    assert checkpoint.load(Path("checkpoints/idx/old2-last.safetensors"))["config"]["train"]["lr"] == 0.1
+    assert Path("checkpoints/idx/old1/last.safetensors").read_bytes() == old
+    assert checkpoint.load(Path("checkpoints/idx/old2/last.safetensors"))["config"]["train"]["lr"] == 0.1
     assert {path.name: path.read_bytes() for path in Path("results/idx/old1").iterdir()
             if path.name in pictures} == pictures
 
@@ -375,7 +383,7 @@ def test_a_damaged_checkpoint_is_named_kept_and_the_one_before_offered(mode: str
         LAST.unlink()
         assert str(PREVIOUS) in refused(arguments, capsys)  # not a silent start from nothing
         PREVIOUS.rename(LAST)
-        assert main(arguments) == 0 and "Going on" in capsys.readouterr().out
+        assert main(arguments) == 0 and "Resuming the run" in capsys.readouterr().out
 
 
 def test_what_the_end_needs_is_checked_at_the_start(own_folder: Path, flags: list[str], capsys: Capture) -> None:
@@ -386,11 +394,11 @@ def test_what_the_end_needs_is_checked_at_the_start(own_folder: Path, flags: lis
 def test_code_that_was_edited_since_is_named(there: Path, flags: list[str], monkeypatch: pytest.MonkeyPatch,
                                              capsys: Capture) -> None:
     """An edit of model.py and of the optimizer, as the run that goes on would find it."""
-    edited = {**train.code_digests(), "model.py": "0" * 16, "support/optimizer.py": "1" * 16}
-    monkeypatch.setattr(train, "code_digests", lambda: edited)
+    edited = {**training_step.code_digests(), "model.py": "0" * 16, "optimizer.py": "1" * 16}
+    monkeypatch.setattr(training_state, "code_digests", lambda: edited)
     before, flags = LAST.read_bytes(), [*flags, "--epochs", "3"]
     line = refused(flags, capsys)
-    assert "(model.py, support/optimizer.py edited since)" in line and "--fresh" in line and "--same-code" in line
+    assert "(model.py, optimizer.py edited since)" in line and "--fresh" in line and "--same-code" in line
     assert LAST.read_bytes() == before
     assert main([*flags, "--same-code"]) == 0
     assert checkpoint.load(LAST)["history"]["code"] == edited
@@ -398,48 +406,40 @@ def test_code_that_was_edited_since_is_named(there: Path, flags: list[str], monk
 
 
 def test_digests_of_code_see_every_edit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = train.code_digests()
-    for name in train.DECISIVE:
+    before = training_step.code_digests()
+    assert before.keys() >= {"training_step.py", "dataset.py", "support/randomness.py"}  # to_unit, generator, ...
+    assert not before.keys() & {"config.py", "training_log.py", "support/plots.py", "sample.py"}
+    for name in before:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes((ROOT / name).read_bytes().replace(b"\n", b"\r\n"))  # as git may check it out
-    monkeypatch.setattr(train, "ROOT", tmp_path)
-    assert train.code_digests() == before
-    for name in train.DECISIVE:
+    monkeypatch.setattr(training_step, "ROOT", tmp_path)
+    assert training_step.code_digests() == before
+    for name in before:
         (tmp_path / name).write_bytes((ROOT / name).read_bytes() + b"# more\n")
-        changed = train.code_digests()
+        changed = training_step.code_digests()
         assert {other for other in before if before[other] != changed[other]} == {name}
         (tmp_path / name).write_bytes((ROOT / name).read_bytes())
 
 
-def test_drawing_takes_the_schedule_of_the_checkpoint_not_of_the_code(there: Path,
-                                                                      monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sampling_takes_the_schedule_of_the_checkpoint_not_of_the_code(there: Path,
+                                                                       monkeypatch: pytest.MonkeyPatch) -> None:
     assert main(SAMPLE) == 0
     images = np.load("results/idx/samples.npz")["arr_0"]
-    for module in ("diffusion", "train"):
+    for module in ("diffusion", "training_step"):
         monkeypatch.setattr(f"{module}.make_schedule",
                             lambda config: NoiseSchedule(torch.linspace(1, 0.5, 101).double()))
     assert main(SAMPLE) == 0
     assert np.array_equal(np.load("results/idx/samples.npz")["arr_0"], images)
 
 
-@pytest.mark.parametrize("group, knob", [("model", "dropout"), ("train", "label_dropout")])
-def test_a_checkpoint_from_before_a_knob_was_added_is_read(group: str, knob: str, there: Path, flags: list[str],
-                                                         capsys: Capture) -> None:
+@pytest.mark.parametrize("group, knob, value", [("model", "dropout", "0.0"), ("train", "label_dropout", "0.05")])
+def test_a_checkpoint_from_before_a_knob_was_added_is_read(group: str, knob: str, value: str, there: Path,
+                                                           flags: list[str], capsys: Capture) -> None:
     change(LAST, lambda state: state["config"][group].pop(knob))
-    assert not {"sample", "evaluate", "steps"} & checkpoint.load(LAST)["config"].keys()  # nor any of drawing
-    for arguments in (SAMPLE, [*flags, "--epochs", "3"]):
-        assert main(arguments) == 0
-        assert f"older than these settings, which have their defaults: {knob}" in capsys.readouterr().out
-
-
-def test_a_run_of_the_first_version_is_not_mixed_with_this_one(there: Path, flags: list[str], capsys: Capture) -> None:
-    LAST.rename(LAST.with_name("last.pt"))
-    PREVIOUS.unlink()
-    for arguments in (flags, SAMPLE, ["--mode", "evaluate", "--dataset", "idx"]):
-        line = refused(arguments, capsys)
-        assert "last.pt" in line and "first version" in line and "--fresh" in line
-    assert not LAST.exists()
-    assert main([*flags, "--fresh"]) == 0 and LAST.exists() and LAST.with_name("old1-last.pt").exists()
+    assert not {"sample", "evaluate", "steps"} & checkpoint.load(LAST)["config"].keys()  # nor any of sampling
+    assert main(SAMPLE) == 0
+    assert main([*flags, "--epochs", "3"]) == 0
+    assert f"is continued with {knob.replace('_', '-')} {value}" in capsys.readouterr().out
 
 
 # The disk
@@ -470,24 +470,93 @@ def test_no_room_for_a_checkpoint(there: Path, flags: list[str], monkeypatch: py
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
 @pytest.mark.parametrize("name", ["preview-0000024.png", "metrics.csv", "sample.png", "samples.npz"])
 def test_no_room_for_a_picture(name: str, there: Path, flags: list[str], capsys: Capture) -> None:
-    """The file is written beside its place first: there lies a device that is full."""
+    """It costs a line and no training. The file is written beside its place first: there lies a full device."""
     beside = Path(f"results/idx/.{name}.{os.getpid()}.part")
     beside.symlink_to("/dev/full")
     before = Path("results/idx", name).read_bytes() if not name.startswith("preview") else None
-    line = refused([*flags, "--epochs", "3", "--preview", "4"], capsys)
-    assert name in line and "No space left" in line
-    assert (Path("results/idx", name).read_bytes() if Path("results/idx", name).exists() else None) == before
-    assert checkpoint.load(LAST)["step"] in (16, 24) and not beside.exists()
-    if name.startswith("preview"):
-        assert main([*flags, "--epochs", "3", "--preview", "4"]) == 0
+    assert main([*flags, "--epochs", "3", "--preview", "4"]) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "can't be written" in line]
+    assert line.startswith("WARNING: ") and name in line and "No space left" in line
+    assert checkpoint.load(LAST)["step"] == 24 and not beside.exists()
+    if name == "metrics.csv":  # written again at the next log point
+        assert learned(there)["rows"][-1]["step"] == "24"
+    else:
+        assert (Path("results/idx", name).read_bytes() if Path("results/idx", name).exists() else None) == before
 
 
-@pytest.mark.parametrize("place", ["results", "results/idx", "checkpoints/idx", "checkpoints/idx/lock/folder"])
+@pytest.mark.parametrize("place", ["results", "results/idx", "checkpoints/idx"])
 def test_a_place_that_is_taken(place: str, own_folder: Path, flags: list[str], capsys: Capture) -> None:
     Path(place).parent.mkdir(parents=True, exist_ok=True)
     Path(place).write_text("")
-    assert place.removesuffix("/lock/folder") in refused(flags, capsys)
+    assert place in refused(flags, capsys)
     assert not LAST.exists()
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOTSUP, errno.EIO])
+def test_a_file_system_that_cannot_lock(number: int, own_folder: Path, flags: list[str],
+                                        monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+    fcntl = pytest.importorskip("fcntl")
+
+    def refuse(*_: Any) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    assert main([*flags, "--epochs", "1"]) == 0 and LAST.exists()
+    assert f"WARNING: {LAST.parent} can't be locked" in capsys.readouterr().out
+
+
+def test_a_lock_whose_holder_is_gone(own_folder: Path, flags: list[str], capsys: Capture) -> None:
+    """As after a requeue on another host: the line says whose it was, and which file to delete."""
+    LAST.parent.mkdir(parents=True)
+    with files.lock(LAST.parent):
+        (LAST.parent / files.HOLDER).write_text("process 7 on elsewhere")
+        line = refused(flags, capsys)
+        lock = LAST.parent / files.LOCK
+        assert f"process 7 on elsewhere, {LAST.parent}" in line and line.endswith(f"delete {lock}")
+        lock.unlink()
+        assert main([*flags, "--epochs", "1"]) == 0 and LAST.exists()
+
+
+# Time and environment
+
+
+def test_suspended_time_is_no_training_time() -> None:
+    """Ctrl-Z for an hour counts as one usual step, and so does the next; steps that are just slow count in full."""
+    durations: deque[float] = deque(maxlen=101)
+    steps = [30.0, *[0.4] * 20, 9.9, 3600.0, 0.4, 7200.0, 0.4]
+    counted = [train.step_seconds(step, durations) for step in steps]
+    assert counted == [30.0, *[0.4] * 20, 9.9, 0.4, 0.4, 0.4, 0.4]
+    slow: deque[float] = deque(maxlen=101)
+    assert [train.step_seconds(step, slow) for step in (15.0, 60.0, 200.0)] == [15.0, 60.0, 200.0]
+
+
+@pytest.mark.parametrize("left_over", [{"RANK": "1"}, {"WORLD_SIZE": "2"}, {"RANK": ""}, {"RANK": "x"},
+                                       {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"},
+                                       dict.fromkeys(console.TORCHRUN, "1"), dict.fromkeys(console.TORCHRUN, "")])
+def test_variables_left_over_from_torchrun(left_over: dict[str, str], there: Path, monkeypatch: pytest.MonkeyPatch,
+                                           capsys: Capture) -> None:
+    for name, value in left_over.items():
+        monkeypatch.setenv(name, value)
+    assert main([*SAMPLE, "--steps", "1"]) == 0 and "results/idx/samples.npz" in capsys.readouterr().out
+    assert "--steps 1000" in refused([*SAMPLE, "--steps", "1000"], capsys)
+
+
+def test_a_compiler_cache_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Nor a user without a name, after whom torch calls the folder; one that can be written stays."""
+    def cache() -> str | None:
+        runtime.usable_compiler_cache()
+        return os.environ.get("TORCHINDUCTOR_CACHE_DIR")
+
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/dev/null/cache")
+    assert os.access(other := cache() or "", os.W_OK)
+    shutil.rmtree(other)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "mine"))
+    assert cache() == str(tmp_path / "mine")
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    assert cache() is None
+    monkeypatch.setattr("getpass.getuser", lambda: {}["uid"])
+    assert os.access(other := cache() or "", os.W_OK)
+    shutil.rmtree(other)
 
 
 # The device
@@ -505,8 +574,8 @@ def test_a_compiler_that_fails_at_any_call_ends_no_run(monkeypatch: pytest.Monke
         return 6 // x
 
     monkeypatch.setattr(torch, "compile", compile_badly)
-    assert compiled(half, Runtime(torch.device("cpu"), bf16=False, compile=False)) is half
-    call = compiled(half, Runtime(torch.device("cpu"), bf16=False, compile=True))
+    assert compiled(half, CPU) is half
+    call = compiled(half, replace(CPU, compile=True))
     assert [call(1), call(2), call(1)] == [60, 3, 6]
     assert capsys.readouterr().out == "note: torch.compile failed (RuntimeError: no compiler); going on without\n"
     with pytest.raises(ZeroDivisionError):  # its own failures are its own
@@ -532,42 +601,92 @@ def fsync_or_hang(descriptor: int) -> None:
         time.sleep(0.01)
 
 
+OFTEN = {"train.SAVE_SECONDS": 0.0, "support.plots.save_losses": nothing}
+
+
 def hang(*_: Any) -> None:
     print("hanging", file=sys.stderr, flush=True)
     time.sleep(1000)
 
 
-def test_a_second_ctrl_c_leaves_at_once_and_loses_nothing(own_folder: Path, flags: list[str]) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_signal_ends_a_run_at_once_and_loses_nothing(number: signal.Signals, own_folder: Path,
+                                                              flags: list[str]) -> None:
+    """Without a reader of what it says."""
     flags = [*flags, "--epochs", "1000"]
-    program = start(own_folder, *flags, changes={"train.SAVE_SECONDS": 0.0, "support.plots.save_losses": nothing,
-                                                 "os.fsync": fsync_or_hang})
-    wait_for(LAST.exists)
+    program = start(own_folder, *flags, changes={**OFTEN, "os.fsync": fsync_or_hang}, piped=True)
+    program.wait_for(LAST.exists)
+    program.hang_up()
     (own_folder / "hang").touch()
-    wait_for(lambda: list(own_folder.rglob("*.part")))
+    program.wait_for(lambda: list(own_folder.rglob("*.part")))
     time.sleep(0.1)
     before = LAST.read_bytes()
-    program.signal(signal.SIGINT)
-    wait_for(lambda: "stopping after this step" in program.errors)
+    program.signal(number)
+    time.sleep(0.3)
     assert program.running()
-    program.signal(signal.SIGINT)
-    program.finish(130, seconds=60)
+    program.signal(number)
+    program.finish(128 + number, seconds=60)
     assert LAST.read_bytes() == before
     (own_folder / "hang").unlink()
     step = checkpoint.load(LAST)["step"]
-    again = start(own_folder, *flags, changes={"train.SAVE_SECONDS": 0.0, "support.plots.save_losses": nothing})
-    wait_for(lambda: f"Going on with the run in checkpoints/idx ({step:,} steps" in again.output)
-    wait_for(lambda: LAST.read_bytes() != before)
+    again = start(own_folder, *flags, changes=OFTEN)
+    again.wait_for(lambda: f"Resuming the run in checkpoints/idx ({step:,} step" in again.output)
+    again.wait_for(lambda: LAST.read_bytes() != before)
     again.signal(signal.SIGTERM)
     again.finish(143)
     assert not list(LAST.parent.glob(".*.part"))
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_stop_saves_though_nobody_reads_what_it_says(number: signal.Signals, own_folder: Path,
+                                                       flags: list[str]) -> None:
+    """As with `2>&1 | tee log`, of which Ctrl-C ends tee first, or in a terminal that is closed."""
+    program = start(own_folder, *flags, "--epochs", "1000", changes={"support.plots.save_losses": nothing}, piped=True)
+    program.wait_for(Path("results/idx/metrics.csv").exists)
+    program.hang_up()
+    program.signal(number)
+    program.finish(128 + number, seconds=60)
+    assert checkpoint.load(LAST)["step"] > 0
+
+
+def test_a_run_ends_with_its_pictures_though_nobody_reads_what_it_says(own_folder: Path, flags: list[str]) -> None:
+    program = start(own_folder, *flags, changes={"support.plots.save_losses": nothing}, piped=True)
+    program.hang_up()
+    program.finish()
+    assert Path("results/idx/sample.png").exists()
+
+
+def test_a_stop_saves_in_a_notebook(own_folder: Path, flags: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whose standard error has no file number, no reconfigure, and may refuse what is written."""
+    def refuse(*_: Any) -> None:
+        raise OSError("this console is gone")
+
+    monkeypatch.setattr(sys, "stderr", SimpleNamespace(write=refuse, flush=refuse))
+    stop_at(3, monkeypatch)
+    assert main(flags) == 130 and checkpoint.load(LAST)["step"] == 3
+
+
+def test_a_run_in_a_thread(own_folder: Path, flags: list[str]) -> None:
+    """Which gets no signals."""
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(main, [*flags, "--epochs", "1"]).result() == 0
+    assert checkpoint.load(LAST)["step"] == 8
+
+
+def test_help_whose_reader_leaves_early() -> None:
+    """`| head -1`: a long text, of which most is written after the reader left, and some when the process ends."""
+    process = subprocess.run(["sh", "-c", '{ "$0" "$1" --help; echo "status $?" >&2; } | head -1', sys.executable,
+                              str(ROOT / "run.py")], text=True, capture_output=True, timeout=60)
+    assert process.stdout.startswith("usage:") and process.stderr == "status 0\n"
+
+
 @pytest.mark.parametrize("mode", ["sample", "evaluate"])
 def test_ctrl_c_ends_the_other_modes_too(mode: str, there: Path) -> None:
-    changes = {"yardstick.load_extractor": hang} if mode == "evaluate" else {}
+    changes = {"evaluation.reference.load_classifier": hang} if mode == "evaluate" else {}
+    number = "1000" if mode == "evaluate" else "100000"
     program = start(there, "--mode", mode, "--name", "idx", "--dataset", "generated", "--device", "cpu",
-                    "--num-images", "100000", "--steps", "100", changes=changes)
-    wait_for(lambda: re.search(r" [1-9]\d*/\d", program.errors) or "hanging" in program.errors)
+                    "--num-images", number, "--steps", "100", changes=changes)
+    program.wait_for(lambda: re.search(r" [1-9]\d*/\d", program.errors) or "hanging" in program.errors)
     program.signal(signal.SIGINT)
     assert not program.finish(130).count("Time:") and not program.lines()
 
@@ -575,13 +694,25 @@ def test_ctrl_c_ends_the_other_modes_too(mode: str, there: Path) -> None:
 # Several processes
 
 
-def draw_badly(trained: Any, order: Any, *_: Any) -> torch.Tensor:
+def sample_badly(model: Any, request: Any) -> Iterator[torch.Tensor]:
     if os.environ["RANK"] == "1":
         raise UserError("the second process has a problem")
-    return torch.zeros(len(order.indices), 1, 28, 28)
+    yield torch.zeros(len(request.indices), 1, 28, 28)
 
 
-def end_alike(programs: list[Any]) -> str:
+def report_badly(*_: Any) -> None:
+    raise UserError("the first process has a problem")
+
+
+def only_zeros(model: Any, request: Any, *_: Any, **__: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.zeros(len(request.indices), 1, 28, 28), torch.zeros(0)
+
+
+def measures_nothing(*_: Any) -> Any:
+    return SimpleNamespace(measure=lambda *_, **__: ({}, None), baseline=None)
+
+
+def end_alike(programs: list[Program]) -> str:
     """The one line with which all processes ended."""
     for program in programs:
         program.finish(2, seconds=60)
@@ -591,28 +722,40 @@ def end_alike(programs: list[Any]) -> str:
 
 
 def test_all_processes_leave_together_with_one_line(there: Path, flags: list[str]) -> None:
-    changes = {"drawing._draw_chunk": draw_badly}
+    changes = {"sample._chunk_states": sample_badly}
     assert "second process" in end_alike(start_ranks(there, 2, *SAMPLE, "--num-images", "130", changes=changes))
-    Path("results/idx/samples.npz").unlink()
-    Path("results/idx/samples.npz").mkdir()
-    assert "samples.npz" in end_alike(start_ranks(there, 2, *SAMPLE))
     with files.lock(LAST.parent):
         assert "another run" in end_alike(start_ranks(there, 2, *flags, "--epochs", "3"))
     LAST.write_bytes(b"")
     assert "last.safetensors" in end_alike(start_ranks(there, 2, *flags, "--epochs", "3"))
 
 
-def test_a_run_stopped_on_two_processes_goes_on_on_one(finished: Path, own_folder: Path, flags: list[str],
+@pytest.mark.parametrize("mode, failing", [("evaluate", "report"), ("evaluate", "make_reference"),
+                                           ("compare", "report"), ("compare", "warn_if_broken")])
+def test_a_failure_of_the_first_process_ends_all(mode: str, failing: str, there: Path, flags: list[str]) -> None:
+    """Of the measuring modes, which measure in that one alone while the others wait."""
+    module = f"evaluation.{mode}"
+    changes = {f"{module}.make_reference": measures_nothing, f"{module}.sample_images": only_zeros,
+               f"{module}.{failing}": report_badly}
+    if mode == "compare":
+        changes["evaluation.statistics.FEWEST_FOR_ERRORS"] = 16
+    own = ["--name", "idx"] if mode == "evaluate" else ["--runs", "idx", f"{PREVIOUS}"]
+    programs = start_ranks(there, 2, "--mode", mode, *own, *flags[-2:], "--num-images", "200", "--device", "cpu",
+                           changes=changes)
+    assert "first process" in end_alike(programs)
+
+
+def test_a_run_stopped_on_two_processes_resumes_on_one(finished: Path, own_folder: Path, flags: list[str],
                                                        capsys: Capture) -> None:
     programs = start_ranks(own_folder, 2, *flags, "--preview", "1",
                            changes={"train.SAVE_SECONDS": 0.0, "support.plots.save_losses": nothing,
-                                    "train.BAD_STEPS": 20})
-    wait_for(Path("results/idx/preview-0000002.png").exists)
+                                    "training_state.BAD_STEPS": 20})
+    programs[0].wait_for(Path("results/idx/preview-0000002.png").exists)
     programs[1].signal(signal.SIGTERM)  # whichever of them gets it
     outputs = [program.finish(143) for program in programs]
     assert "same command again" in outputs[0] and not outputs[1]
     assert 2 <= checkpoint.load(LAST)["step"] < 16
-    assert main(flags) == 0 and "Going on" in capsys.readouterr().out
+    assert main(flags) == 0 and "Resuming the run" in capsys.readouterr().out
     assert_close(learned(finished), learned(own_folder))
 
 

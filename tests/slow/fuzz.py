@@ -1,17 +1,19 @@
 """Damages and forges checkpoints by the thousand, and reads each of them.
 
-    python benchmarks/fuzz.py --seconds 60
+    python tests/slow/fuzz.py --seconds 60
 
 Each has to end in a UserError of one line, or in what the file holds by its digest. Another exception, more than 5 s or
 any side effect is a failure, and the exit status is then 1.
 """
 
+import argparse
 import contextlib
 import json
 import os
 import random
 import signal
 import struct
+import sys
 import tempfile
 import time
 import traceback
@@ -21,15 +23,17 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from common import Parser, Trainee, config_of, run_script
 
-import train
-from config import UserError
-from dataset import Digits
-from drawing import load_trained
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import config as configs
+from config import SampleConfig, UserError
+from dataset import LabelledImages
+from sample import load_checkpoint, make_request
 from support import checkpoint
 from support.runtime import Runtime
 from tests.conftest import TINY
+from training_state import new_state, save
 
 HANG_SECONDS = 5
 CPU = Runtime(torch.device("cpu"), bf16=False, compile=False)
@@ -123,12 +127,13 @@ def holds(data: bytes, state: Any) -> bool:
 
 def written() -> list[bytes]:
     """A run's checkpoint, and one that holds averaged weights alone, in half precision."""
-    digits = Digits(torch.randint(256, (50, 1, 28, 28), dtype=torch.uint8), torch.arange(50) % 10)
-    trainee = Trainee(config_of(None, *TINY, "--batch-size", "8"), CPU, digits, digits)
-    trainee.step(0.5)
-    path = trainee.run.path
+    images = LabelledImages(torch.randint(256, (50, 1, 28, 28), dtype=torch.uint8), torch.arange(50) % 10)
+    config = configs.parse(["--dataset", "mnist", "--name", "mnist", "--batch-size", "8", *TINY])
+    training = new_state(config, CPU, images, images)
+    training.learner.step(0, lr=1e-3)
+    path = training.path
     path.parent.mkdir(parents=True)
-    train.save(trainee.run)
+    save(training)
     full, state = path.read_bytes(), checkpoint.load(path)
     ema = {name: value.half() for name, value in state["ema"].items()}
     checkpoint.save(path, {**state, "ema": ema, "model": None, "optimizer": None})
@@ -140,9 +145,12 @@ def problem_with(path: Path, data: bytes) -> str:
     listing = sorted(path.parent.iterdir())
     signal.setitimer(signal.ITIMER_REAL, HANG_SECONDS)
     try:
-        with contextlib.redirect_stdout(None):  # notes on what older files lack
-            load_trained(config_of(None, "--checkpoint", str(path)), CPU)
+        make_request(load_checkpoint(path, CPU), SampleConfig(), 0, 1)
         state = checkpoint.load(path)
+        try:
+            configs.training_settings(state["config"])
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from None  # as where a run is resumed
         signal.setitimer(signal.ITIMER_REAL, 0)
         COUNTS["read"] += 1
         if not holds(data, state):
@@ -167,9 +175,10 @@ def give_up(*_: Any) -> None:
 
 
 def main(argv: list[str]) -> int:
-    parser = Parser(__doc__, "--seed")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=60.0, help="how long")
-    options = parser.parse(argv)
+    parser.add_argument("--seed", type=int, default=0, help="every random number follows from it")
+    options = parser.parse_args(argv)
     signal.signal(signal.SIGALRM, give_up)
     torch.set_num_threads(1)
     random.seed(options.seed)
@@ -190,4 +199,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    sys.exit(main(sys.argv[1:]))

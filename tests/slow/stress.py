@@ -1,11 +1,12 @@
 """Kills real runs at random points and compares what they learn with a run that nothing interrupted, bit for bit.
 
-    python benchmarks/stress.py --kills 20
+    python tests/slow/stress.py --kills 20
 
 Also: stop signals, and two and four processes as torchrun starts them. It saves after every step, so that many kills
 fall into a save; data and network are tiny. Prints counts, and exits with status 1 on any difference.
 """
 
+import argparse
 import os
 import random
 import shutil
@@ -17,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from common import Parser, run_script
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from config import UserError
 from support import checkpoint
@@ -114,7 +115,7 @@ def survive_stops(place: Path, expected: Learned) -> str:
         if "Stopped after step" in said:
             assert status == 128 + number, f"exit status {status} after signal {number}"
             stops += 1
-        else:  # it came before the first step, or while drawing
+        else:  # it came before the first step, or while sampling
             assert status in (0, 130, -signal.SIGTERM), f"exit status {status}"
     run.start(often=False).finish(seconds=PATIENCE)
     assert_same(expected, learned(run.folder))
@@ -122,7 +123,7 @@ def survive_stops(place: Path, expected: Learned) -> str:
 
 
 def several_processes(place: Path, expected: Learned) -> str:
-    """Two and four processes learn what one does; a run saved on two goes on on four, and then on one."""
+    """Two and four processes learn what one does; a run saved on two resumes on four, and then on one."""
     apart = []
     for world in (2, 4):
         run = Run(place, f"world-{world}")
@@ -137,7 +138,7 @@ def several_processes(place: Path, expected: Learned) -> str:
             program.signal(signal.SIGTERM)
         said = "".join(program.finish(128 + signal.SIGTERM, PATIENCE) for program in programs)
         assert said.count("Stopped after step") == 1, said
-    assert "Going on" in run.start().finish(seconds=PATIENCE)
+    assert "Resuming the run" in run.start().finish(seconds=PATIENCE)
     apart.append(assert_close(expected, learned(run.folder)))
     return f"2 and 4 processes learn what 1 does, and a run moves from 2 to 4 to 1: losses equal to {max(apart):.0e}"
 
@@ -146,10 +147,11 @@ PARTS: dict[str, Callable[..., str]] = {"kills": survive_kills, "stops": survive
 
 
 def main(argv: list[str]) -> int:
-    parser = Parser(__doc__, "--seed")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seed", type=int, default=0, help="every random number follows from it")
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--only", choices=PARTS, help="one part of it")
-    options = parser.parse(argv)
+    options = parser.parse_args(argv)
     random.seed(options.seed)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that nothing stays behind
     os.environ["PYTHONWARNINGS"] = "ignore"  # of semaphores that those killed leave behind
@@ -170,4 +172,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    sys.exit(main(sys.argv[1:]))

@@ -1,11 +1,10 @@
-"""The judge of a data set: a small classifier whose penultimate layer is the space in which images are compared.
+"""The classifier of a data set: the distances are between its features, those of the layer before the last.
 
-The one for MNIST ships with the project; for other data one is trained by the same code, once, and kept.
+The one for MNIST ships with the project. For other data one is trained by the same code, once, and kept.
 """
 
 import json
 import math
-import os
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,21 +16,22 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from config import ROOT, UserError
+from dataset import CLASSES, LabelledImages, to_unit
 from support.checkpoint import read_tensors, weights_digest
+from support.console import place
 from support.files import make_folder, write_atomically
-from support.runtime import to_unit
 
-EXTRACTOR = ROOT / "checkpoints" / "extractor.safetensors"  # of MNIST
-KEPT = Path("checkpoints") / "extractors"  # of all else
-SURE = 0.9  # probability of its likeliest class above which the classifier counts as sure of an image
-EPOCHS, BATCH, RATE, SMOOTHING = 8, 128, 4e-3, 0.03  # of its training; smoothing of the labels makes it less sure
+SHIPPED = ROOT / "checkpoints" / "classifier.safetensors"  # of MNIST
+KEPT = Path("checkpoints") / "classifiers"  # of all other data
+CONFIDENT = 0.9  # probability of its likeliest class from which the classifier is confident of an image
+EPOCHS, BATCH, LR, SMOOTHING = 8, 128, 4e-3, 0.03  # of its training; smoothing of the labels makes it less confident
 ROTATION, SCALE, SHIFT, SHEAR = 12.0, 0.12, 2.0, 0.15  # largest change: degrees, share, pixels, share
-FEWEST = 200  # test images, by which it is judged itself
+FEWEST = 200  # test images, by which it is measured itself
 FEWEST_STEPS = 500  # of its training, however few the images are
 AVERAGE = 0.995  # decay of its averaged weights, warmed up
 
 
-class Extractor(nn.Module):
+class Classifier(nn.Module):
     """forward(x [B, 1, 28, 28] in [-1, 1]) -> (features [B, 64], logits [B, 10]).
 
     A loaded one also has `digest`, 16 hex digits that name its weights, and `meta`, how they were made.
@@ -44,8 +44,7 @@ class Extractor(nn.Module):
         super().__init__()
 
         def convolution(channels_in: int, channels: int) -> list[nn.Module]:
-            conv = nn.Conv2d(channels_in, channels, 3, padding=1, bias=False)
-            return [conv, nn.BatchNorm2d(channels), nn.ReLU()]
+            return [nn.Conv2d(channels_in, channels, 3, padding=1, bias=False), nn.BatchNorm2d(channels), nn.ReLU()]
 
         self.body = nn.Sequential(
             *convolution(1, 16), *convolution(16, 16), nn.MaxPool2d(2),  # [B, 16, 14, 14]
@@ -53,7 +52,7 @@ class Extractor(nn.Module):
             *convolution(48, 96), *convolution(96, 96), nn.MaxPool2d(2),  # [B, 96, 3, 3]
             nn.Flatten(), nn.Linear(864, 64, bias=False), nn.BatchNorm1d(64), nn.ReLU(),  # [B, 64]
         )
-        self.head = nn.Linear(64, 10)
+        self.head = nn.Linear(64, CLASSES)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         features = self.body(x)
@@ -61,57 +60,58 @@ class Extractor(nn.Module):
 
 
 @torch.no_grad()
-def extract(extractor: Extractor, images: Tensor, batch: int = 500) -> tuple[Tensor, Tensor]:
+def extract(classifier: Classifier, images: Tensor, batch: int = 500) -> tuple[Tensor, Tensor]:
     """Features float32 [N, 64] and class probabilities [N, 10] of uint8 images [N, 1, 28, 28], all on the CPU."""
-    found = [extractor(to_unit(chunk).to(memory_format=torch.channels_last)) for chunk in images.split(batch)]
+    found = [classifier(to_unit(chunk).to(memory_format=torch.channels_last)) for chunk in images.split(batch)]
     features, logits = (torch.cat(parts) for parts in zip(*found))
     return features, logits.softmax(dim=1)
 
 
-def load_extractor(path: Path = EXTRACTOR) -> Extractor:
-    """The extractor in eval mode on the CPU; raises UserError where its file is missing, damaged or of another make."""
-    advice = ("restore it from the repository, or train it again with benchmarks/train_extractor.py"
-              if path == EXTRACTOR else "delete it to have it trained again")
+def load_classifier(path: Path = SHIPPED) -> Classifier:
+    """The classifier in eval mode on the CPU; raises UserError where its file is missing, damaged or something else."""
+    advice = ("restore it from the repository, or train it again with benchmarks/train_classifier.py"
+              if path == SHIPPED else "delete it to have it trained again")
     state, metadata = read_tensors(path, advice)
-    extractor = Extractor()
+    classifier = Classifier()
     try:
-        extractor.load_state_dict(state)
+        classifier.load_state_dict(state)
         digest, meta = metadata["digest"], json.loads(metadata["meta"])
     except (RuntimeError, LookupError, ValueError):
-        raise UserError(f"{path}: it is no classifier that measures digits; {advice}") from None
+        raise UserError(f"{path}: it is no classifier of this project; {advice}") from None
     if weights_digest(state) != digest:
         raise UserError(f"{path}: the weights don't match their digest {digest}, so the file is damaged; {advice}")
-    extractor.digest, extractor.meta = digest, meta
-    return extractor.to(memory_format=torch.channels_last).eval().requires_grad_(False)
+    classifier.digest, classifier.meta = digest, meta
+    return classifier.to(memory_format=torch.channels_last).eval().requires_grad_(False)
 
 
-def own_extractor(name: str, digest: str, train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor]) -> Extractor:
-    """The extractor of the data with that digest, images and labels each; trained and kept where there is none yet.
+def own_classifier(name: str, digest: str, train: LabelledImages, test: LabelledImages) -> Classifier:
+    """The classifier of the data with that digest; trained and kept where there is none yet.
 
     Raises UserError for fewer than FEWEST test images.
     """
     path = KEPT / f"{name}-{digest}.safetensors"
     if not path.exists():
-        if len(test[1]) < FEWEST:
-            raise UserError(f"--dataset {name}: it has {len(test[1])} test images, and the classifier that judges what "
-                            f"is drawn takes at least {FEWEST}; add some")
-        if os.environ.get("WORLD_SIZE", "1") != "1":
-            raise UserError(f"--dataset {name}: its judge is not trained yet, and the other processes would wait in "
-                            "vain; run one process first")
-        print(f"The images of {name} need a judge of their own: a classifier, trained once (a few minutes for "
-              f"60,000 images) and kept in {path}.", flush=True)
-        extractor = train_extractor(*train, epochs=EPOCHS)
-        save_extractor(path, extractor, {"data": name, "torch": torch.__version__, **score(extractor, *test)})
-    extractor = load_extractor(path)
-    print(f"Judge: {path}, {extractor.meta.get('accuracy', math.nan):.2%} of the test images right.", flush=True)
-    return extractor
+        if len(test) < FEWEST:
+            raise UserError(f"--dataset {name}: it has {len(test)} test images, and the classifier that measures needs "
+                            f"at least {FEWEST}; add some")
+        if place().world != 1:
+            raise UserError(f"--dataset {name}: its classifier is not trained yet, and the other processes would wait "
+                            "for minutes; run one process first")
+        print(f"The images of {name} need a classifier of their own: it is trained once (a few minutes for 60,000 "
+              f"images) and kept in {path}.", flush=True)
+        classifier = train_classifier(train.images, train.labels)
+        scores = score(classifier, test.images, test.labels)
+        save_classifier(path, classifier, {"data": name, "torch": torch.__version__, **scores})
+    classifier = load_classifier(path)
+    print(f"Classifier: {path}, accuracy {classifier.meta['accuracy']:.2%} on the test images.", flush=True)
+    return classifier
 
 
-def train_extractor(images: Tensor, labels: Tensor, seed: int = 0, epochs: int = EPOCHS) -> Extractor:
-    """Of uint8 images [N, 1, 28, 28] and labels [N], on the CPU."""
+def train_classifier(images: Tensor, labels: Tensor, seed: int = 0, epochs: int = EPOCHS) -> Classifier:
+    """Trains a classifier on uint8 images [N, 1, 28, 28] and their labels [N], on the CPU."""
     torch.manual_seed(seed)
     random, size = torch.Generator().manual_seed(seed), min(BATCH, max(2, len(images) // 4))
-    network = Extractor().to(memory_format=torch.channels_last)
+    network = Classifier().to(memory_format=torch.channels_last)
 
     def average(averages: Any, weights: Any, updates: Any) -> None:
         get_ema_multi_avg_fn(min(AVERAGE, (1 + int(updates)) / (10 + int(updates))))(averages, weights, updates)
@@ -119,9 +119,9 @@ def train_extractor(images: Tensor, labels: Tensor, seed: int = 0, epochs: int =
     averaged = AveragedModel(network, multi_avg_fn=average, use_buffers=True)
     epochs = max(epochs, math.ceil(FEWEST_STEPS / (len(images) // size)))
     steps = epochs * (len(images) // size)
-    optimizer = torch.optim.AdamW(network.parameters(), lr=RATE, weight_decay=0.02)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=steps, pct_start=0.2)
-    with tqdm(total=steps, desc="training a judge", unit="step", leave=False) as bar:
+    optimizer = torch.optim.AdamW(network.parameters(), lr=LR, weight_decay=0.02)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LR, total_steps=steps, pct_start=0.2)
+    with tqdm(total=steps, desc="training the classifier", unit="step", leave=False) as bar:
         for _ in range(epochs):
             order = torch.randperm(len(images), generator=random)
             for index in order[:len(order) // size * size].split(size):
@@ -133,7 +133,7 @@ def train_extractor(images: Tensor, labels: Tensor, seed: int = 0, epochs: int =
                 schedule.step()
                 averaged.update_parameters(network)
                 bar.update()
-    return cast(Extractor, averaged.module.eval())
+    return cast(Classifier, averaged.module.eval())
 
 
 def augment(x: Tensor, random: torch.Generator) -> Tensor:
@@ -147,17 +147,17 @@ def augment(x: Tensor, random: torch.Generator) -> Tensor:
     return F.grid_sample(x + 1, grid, align_corners=False) - 1  # black outside
 
 
-def score(extractor: Extractor, images: Tensor, labels: Tensor) -> dict[str, float]:
-    """Accuracy, share of images it is sure of, and mean negative log-likelihood in nats."""
-    _, probabilities = extract(extractor, images)
+def score(classifier: Classifier, images: Tensor, labels: Tensor) -> dict[str, float]:
+    """Accuracy, share of images of which it is confident, and mean negative log-likelihood in nats."""
+    _, probabilities = extract(classifier, images)
     likeliest = probabilities.max(1)
     return {"accuracy": (likeliest.indices == labels).double().mean().item(),
-            "sure": (likeliest.values > SURE).double().mean().item(),
+            "confident": (likeliest.values > CONFIDENT).double().mean().item(),
             "nll": F.nll_loss(probabilities.log(), labels).item()}
 
 
-def save_extractor(path: Path, extractor: Extractor, meta: dict[str, Any]) -> None:
-    state = {name: tensor.contiguous() for name, tensor in extractor.state_dict().items()}
+def save_classifier(path: Path, classifier: Classifier, meta: dict[str, Any]) -> None:
+    state = {name: tensor.contiguous() for name, tensor in classifier.state_dict().items()}
     data = safetensors.torch.save(state, {"digest": weights_digest(state), "meta": json.dumps(meta)})
     make_folder(path.parent)
     write_atomically(path, lambda file: file.write(data))

@@ -1,0 +1,83 @@
+"""Do the intervals of mode compare hold? Two checkpoints are sampled with many seeds, and every comparison is counted.
+
+    python benchmarks/intervals.py checkpoints/a/last.safetensors checkpoints/b/last.safetensors --seeds 20
+
+How often the 95% interval of one seed covers the mean difference over all seeds; how often the same weights with other
+seeds differ significantly; and the distance of real images from others, of which the reference holds none. All in the
+deciding metric.
+"""
+
+from pathlib import Path
+from statistics import mean
+
+import torch
+from common import Parser, config_of, machine, make_reference, run_script
+
+import dataset
+from dataset import CLASSES, LabelledImages, to_uint8
+from evaluation.compare import Difference, differences
+from evaluation.reference import DECIDING, Measurement, Reference
+from sample import LoadedModel, load_checkpoint, make_request, sample_images
+from support.runtime import Runtime
+
+Found = dict[str, Measurement]
+
+
+def deciding(a: Found, b: Found, reference: Reference) -> Difference:
+    return next(each for each in differences([a], [b], reference.baseline) if each.metric.key == DECIDING)
+
+
+def significant(pair: Difference) -> bool:
+    return not pair.low <= 0 <= pair.high
+
+
+def real_images(train: LabelledImages, count: int, seed: int) -> tuple[float, float]:
+    """Images of one half of the training set, measured against the other: multiple of the baseline, and its error."""
+    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))
+    half, rest = (train[part] for part in order.chunk(2))
+    reference = make_reference(rest, half, count)
+    labels = reference.baseline.labels
+    images = torch.empty(count, *train.images.shape[1:], dtype=torch.uint8)
+    for k in range(CLASSES):
+        images[labels == k] = half.images[half.labels == k][:int((labels == k).sum())]
+    found, _ = reference.measure(images, labels)
+    ratio, error = reference.baseline.ratio(DECIDING, found[DECIDING])
+    return ratio, float("nan") if error is None else error
+
+
+def main(argv: list[str]) -> None:
+    parser = Parser(__doc__, "--data-dir", "--threads", "--images", "--seed")
+    parser.add_argument("checkpoints", nargs=2, type=Path, metavar="CHECKPOINT")
+    parser.add_argument("--seeds", type=int, default=20)
+    parser.add_argument("--halves", type=int, default=5, help="of the training set, for real against real")
+    options = parser.parse(argv)
+    runtime, config = Runtime(torch.device("cpu"), bf16=False, compile=False), config_of(options, "--guidance", "1")
+    train, test = dataset.load_both(config, runtime)
+    models = [load_checkpoint(path, runtime) for path in options.checkpoints]
+    reference = make_reference(train, test, options.images)
+
+    def measure(model: LoadedModel, seed: int) -> Found:
+        request = make_request(model, config.sample, seed, options.images)
+        images = to_uint8(sample_images(model, request)[0])
+        return reference.measure(images, request.labels)[0]
+
+    seeds = range(options.seed, options.seed + options.seeds)
+    a, again, b = ([measure(model, seed + shift) for seed in seeds]
+                   for model, shift in ((models[0], 0), (models[0], 10_000), (models[1], 0)))
+    pairs = [deciding(one, other, reference) for one, other in zip(a, b)]
+    difference = mean(pair.b - pair.a for pair in pairs)
+    covered = sum(pair.low * pair.a <= difference <= pair.high * pair.a for pair in pairs)  # they are relative to a
+    width = mean((pair.high - pair.low) * pair.a for pair in pairs)
+    found = sum(significant(pair) for pair in pairs)
+    false = sum(significant(deciding(one, other, reference)) for one, other in zip(a, again))
+    print(f"{machine(runtime.device)}; N = {options.images:,}, {options.seeds} seeds, {DECIDING}\n"
+          f"two networks: {mean(pair.a for pair in pairs):.4f} and {mean(pair.b for pair in pairs):.4f}; the mean "
+          f"difference {difference:+.4f} lies in {covered} of {options.seeds} intervals (mean width {width:.4f}); "
+          f"{found} differ significantly\n"
+          f"the same weights with other seeds: {false} of {options.seeds} differ significantly", flush=True)
+    real = [real_images(train, options.images, seed) for seed in range(options.halves)]
+    print("real against real, times the baseline: " + ", ".join(f"{ratio:.2f} ± {error:.2f}" for ratio, error in real))
+
+
+if __name__ == "__main__":
+    run_script(main)

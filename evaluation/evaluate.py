@@ -1,0 +1,175 @@
+"""mode evaluate: a table of all metrics beside the baseline and the test set, metrics.json and two pictures."""
+
+import json
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+import dataset
+from config import Config, UserError
+from dataset import CLASSES, class_name, describe, to_uint8
+from evaluation.metrics import nearest, share_closer
+from evaluation.reference import FEWEST, FEWEST_OF_CLASS, METRICS, Measured, Reference, make_reference, rows
+from evaluation.statistics import FEWEST_FOR_ERRORS, aligned
+from sample import LoadedModel, SampleRequest, announce, load_checkpoint, make_request, provenance, sample_images
+from support import checkpoint, plots
+from support.files import make_folder, set_aside, write_bytes, write_results
+from support.runtime import Clock, Runtime
+
+COPIES = 0.03  # share of images nearer than the test set's nearest 1% from which copying is reported
+REPORT = ("metrics.json", "evaluation.png", "neighbours.png")
+
+
+def main(config: Config, runtime: Runtime) -> None:
+    """Measures a checkpoint and writes a table, a report and pictures to its results folder."""
+    count = config.sample.num_images or 10_000
+    if count < FEWEST:
+        raise UserError(f"--num-images {count}: the metrics need at least {FEWEST} images; ask for more")
+    clock = Clock(runtime)
+    asked = config.dataset
+    config = dataset.settle(config, runtime)
+    model = load_checkpoint(cast(Path, config.sample.checkpoint), runtime)
+    request = make_request(model, config.sample, config.seed, count)
+    train, test = dataset.load_both(config, runtime)
+    require_its_images(model, describe(train, config.dataset), explicit=asked != "auto")
+    announce(model, request)
+    clock.lap("load")
+    made: list[Reference] = []
+    runtime.on_rank0(lambda: made.append(make_reference(config, train, test, request.labels)))
+    clock.lap("measure real images")
+    images = to_uint8(sample_images(model, request, progress=True)[0])
+    clock.lap(f"sample {count}")
+    for path in runtime.on_rank0(lambda: report(images, model, request, made[0])):
+        runtime.say(f"  {path}")
+    clock.lap("measure")
+    runtime.say(clock)
+
+
+def require_its_images(model: LoadedModel, found: dict[str, Any], explicit: bool) -> None:
+    """Checks that a model is measured on the images that it was trained on; another --dataset is only pointed out."""
+    if model.data.get("digest") == found["digest"]:
+        return
+    theirs = model.data.get("name", "unknown images")
+    if not explicit or theirs == found["name"]:
+        raise UserError(f"--data-dir: these are not the images that {model.path} was trained on ({theirs}, digest "
+                        f"{model.data.get('digest')}, not {found['digest']}); name their folder, or another --dataset")
+    model.runtime.say(f"note: this checkpoint was trained on other images ({theirs}) than it is compared with "
+                      f"({found['name']}).")
+
+
+def report(images: Tensor, model: LoadedModel, request: SampleRequest, reference: Reference) -> list[Path]:
+    """Prints the table, writes the report and the pictures, and returns their paths.
+
+    A report of other weights, settings or images that is there already is moved aside first.
+    """
+    measured = found, details = reference.measure(images, request.labels)
+    (test_found, _), test_baseline = reference.test_set
+    neighbours = distances, _ = nearest(images, reference.train.images)
+    test_distances, _ = nearest(reference.test_subset.images, reference.train.images)
+    closer = share_closer(distances, test_distances)
+    source, baseline = provenance(model, request), reference.baseline
+    identity = {"sampled_with": source, "images": len(images),
+                "compared_with": describe(reference.train, "")["digest"],
+                "classifier": reference.classifier and reference.classifier.digest}
+    content = {**identity, "metrics": rows(found, baseline), "baseline": rows(baseline.found),
+               "test_set": rows(test_found, test_baseline), "test_images": len(reference.test_subset),
+               "class_distances": {k: {"value": value, "baseline": baseline.class_distances[k]}
+                                   for k, value in details.class_distances.items()},
+               "closer_than_test": closer}
+    print(table(content, len(baseline.sets)))
+    print(explain(measured, reference, closer, model.data.get("name", "")))
+    folder = make_folder(checkpoint.results_folder(model.path, model.digest))
+    if (old := keep_other_report(folder, identity)) is not None:
+        print(f"The report of other settings or weights that was there is now in {old}.")
+    writers = {
+        "metrics.json": lambda path: write_bytes(path, json.dumps(content, indent=1).encode()),
+        "neighbours.png": lambda path: save_neighbours(path, images, request.labels, neighbours, reference, source)}
+    if reference.classifier is not None:
+        writers["evaluation.png"] = lambda path: plots.save_evaluation(
+            path, pictured(measured, reference, distances, test_distances), source)
+    return write_results(folder, writers)
+
+
+def keep_other_report(folder: Path, identity: dict[str, Any]) -> Path | None:
+    """Moves a report aside unless it is of the same weights, settings and images; returns where it is now."""
+    try:
+        before = json.loads((folder / REPORT[0]).read_text("utf-8"))
+    except (OSError, ValueError):
+        return None
+    if isinstance(before, dict) and {key: before.get(key) for key in identity} == identity:
+        return None
+    return set_aside([path for name in REPORT if (path := folder / name).exists()], folder)
+
+
+def table(content: dict[str, Any], sets: int) -> str:
+    """The table for the terminal: the model, its errors, the baseline of so many sets, and the test set."""
+    names = (("model", "metrics", "value"), ("  ± standard error", "metrics", "error"),
+             ("  times the baseline", "metrics", "ratio"), ("baseline: real vs real", "baseline", "value"),
+             (f"  spread of {sets} sets", "baseline", "error"),
+             (f"test set ({content['test_images']:,})", "test_set", "value"),
+             ("  times its baseline", "test_set", "ratio"))
+    lines = [[name, *(cell(content[row].get(metric.key, {}), part, metric.form) for metric in METRICS)]
+             for name, row, part in names]
+    heading = [f"N = {content['images']:,}", *(metric.heading for metric in METRICS)]
+    return aligned([heading, *(line for line in lines if any(line[1:]))])
+
+
+def cell(row: dict[str, Any], part: str, form: str) -> str:
+    """A number of the table, if there is one: a multiple of the baseline with its error, such as 5.10±0.20x."""
+    value, error = row.get(part), row.get("ratio_error")
+    if value is None or part != "ratio":
+        return "" if value is None else form.format(value)
+    digits = 2 if value < 10 else 1
+    return f"{value:.{digits}f}x" if error is None else f"{value:.{digits}f}±{error:.{digits}f}x"
+
+
+def explain(measured: Measured, reference: Reference, closer: float, data: str) -> str:
+    """What the table's numbers don't say by themselves."""
+    baseline, classifier = reference.baseline, reference.classifier
+    lines = ["Distances are to the training images: lower is closer. All else is best where the baseline is."]
+    if len(baseline.labels) < FEWEST_FOR_ERRORS:
+        lines.append(f"Errors need at least {FEWEST_FOR_ERRORS:,} images.")
+    if ratios := [(value / baseline.class_distances[k], k) for k, value in measured[1].class_distances.items()]:
+        (low, best), (high, worst) = min(ratios), max(ratios)
+        lines.append(f"Class-wise distance: largest for {class_name(data, worst)} ({high:.1f}x its baseline), smallest "
+                     f"for {class_name(data, best)} ({low:.1f}x).")
+    elif classifier is not None:
+        lines.append(f"A class-wise distance needs {FEWEST_OF_CLASS} samples with the label of a class, and {FEWEST} "
+                     "real images of it outside each set of the baseline.")
+    (_, test), _ = reference.test_set
+    if few := [class_name(data, k) for k in baseline.class_distances if k not in test.class_distances]:
+        lines.append(f"Too few test images for a class-wise distance of class {', '.join(few)}.")
+    copies = "COPIES: far more than of the test images" if closer > COPIES else "no sign of copying"
+    lines.append(f"{closer:.2%} of the images are nearer to a training image than the nearest 1% of test images: "
+                 f"{copies}.")
+    if classifier is not None:
+        lines.append(f"Classifier {classifier.digest}.")
+    return "\n".join(lines)
+
+
+def save_neighbours(path: Path, images: Tensor, labels: Tensor, neighbours: tuple[Tensor, Tensor],
+                    reference: Reference, source: dict[str, str]) -> None:
+    """For each class (without labels: of all) the image that is nearest to a training image, beside that one."""
+    distances, indices = neighbours
+    chosen = torch.stack([distances.where(labels == k, torch.inf).argmin() for k in labels.unique()])
+    plots.save_neighbours(path, images[chosen], reference.train.images[indices[chosen]], distances[chosen].tolist(),
+                          source)
+
+
+def pictured(measured: Measured, reference: Reference, distances: Tensor, test_distances: Tensor) -> dict[str, Any]:
+    """What evaluation.png shows. Distances [N]: of sampled and of test images, to their nearest training images."""
+    ratios = []
+    for (found, details), baseline in ((measured, reference.baseline), reference.test_set):
+        classes = {str(k): (value / baseline.class_distances[k], None) for k, value in details.class_distances.items()}
+        ratios.append({"all": baseline.ratio("frechet", found["frechet"]),
+                       "texture": baseline.ratio("texture", found["texture"]), **classes})
+    asked = torch.bincount(reference.baseline.labels, minlength=CLASSES).tolist()
+    counts = measured[1].class_counts
+    shown = [k for k in range(CLASSES) if asked[k] or counts[k]]
+    return {"classes": shown, "histogram": {"model": [counts[k] for k in shown], "asked": [asked[k] for k in shown]},
+            "ratios": ratios[0], "test_ratios": ratios[1],
+            "overlap": {name: {key: one.value for key, one in found.items()}
+                        for name, found in (("sampled", measured[0]), ("real vs real", reference.baseline.found))},
+            "neighbours": {"model": distances.numpy(), "test": test_distances.numpy()}}

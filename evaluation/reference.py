@@ -1,0 +1,255 @@
+"""The real images that sampled ones are compared with, the real-vs-real baseline, and all metrics with their errors.
+
+Distances are to the training images. The baseline is the distance of real training images, with the same labels, from
+the rest of them: no model can be expected to do better. A figure means something only beside its baseline and error.
+"""
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from statistics import fmean, stdev
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from config import Config, UserError
+from dataset import CLASSES, MNIST_DIGEST, LabelledImages, describe
+from evaluation import metrics
+from evaluation.classifier import CONFIDENT, Classifier, extract, load_classifier, own_classifier
+from evaluation.metrics import Moments
+from evaluation.statistics import BLOCK, FEWEST_BLOCKS, MOST_BLOCKS, jackknife_error
+from sample import choose_labels
+from support.randomness import BASELINE_STREAM, generator
+
+FEWEST = 200  # real images (of a class, too), below which the covariance of 64 features says nothing
+FEWEST_OF_CLASS = 100  # sampled ones, likewise
+FEWEST_TEST = 50  # test images
+SETS = 5  # of real images in the baseline, at most
+
+
+class Metric(NamedTuple):
+    """One column of every table."""
+
+    key: str
+    heading: str
+    form: str  # of its numbers
+    distance: bool = False  # lower is closer; all others are best at the baseline's value
+
+
+METRICS = (
+    Metric("class_frechet", "class-wise", "{:.4f}", True), Metric("frechet", "Fréchet", "{:.4f}", True),
+    Metric("texture", "texture", "{:.4f}", True), Metric("mean_intensity", "intensity", "{:.3f}"),
+    Metric("precision", "precision", "{:.3f}"), Metric("recall", "recall", "{:.3f}"),
+    Metric("coverage", "coverage", "{:.3f}"), Metric("confident", "confident", "{:.2%}"),
+    Metric("label_accuracy", "label acc.", "{:.2%}"), Metric("zeros", "zeros", "{:.2%}"))
+DECIDING = "class_frechet"  # the one metric that decides a comparison
+OVERLAP = ("precision", "recall", "coverage")
+OF_LABELS = ("class_frechet", "label_accuracy")  # those that need labels
+OF_CLASSIFIER = (*OF_LABELS, "frechet", "confident")  # and, with OVERLAP, a classifier
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One metric of one set of images."""
+
+    value: float
+    error: float | None = None  # standard error; of a baseline, the standard deviation over its sets
+    replicates: Tensor | None = None  # float64 [B]: the value without each jackknife block
+
+
+class Details(NamedTuple):
+    """What else is known of one set of images."""
+
+    class_distances: dict[int, float]  # class -> Fréchet distance to the training images of this class
+    class_counts: list[int]  # images of each class, as the classifier reads them
+
+
+Measured = tuple[dict[str, Measurement], Details]
+
+
+class Baseline(NamedTuple):
+    """Disjoint sets of real images with given labels, each measured against the real images outside it."""
+
+    labels: Tensor  # int64 [N]
+    sets: list[Tensor]  # each: indices int64 [N] of training images
+    outside: list[dict[str, Moments]]  # moments of the features of all training images outside each set
+    found: dict[str, Measurement]  # means over the sets, and standard deviations
+    class_distances: dict[int, float]
+
+    def ratio(self, key: str, measurement: Measurement) -> tuple[float, float | None]:
+        """A distance as a multiple of the baseline's, and its standard error, with the baseline's own included."""
+        base = self.found[key]
+        ratio = measurement.value / base.value
+        if measurement.error is None:
+            return ratio, None
+        own, theirs = measurement.error / measurement.value, (base.error or 0.0) / base.value
+        return ratio, ratio * math.hypot(own, theirs / math.sqrt(len(self.sets)))
+
+
+def rows(found: dict[str, Measurement], baseline: Baseline | None = None) -> dict[str, Any]:
+    """What a report says of each metric; with a baseline, distances as multiples of it, too."""
+    ratios = {m.key: dict(zip(("ratio", "ratio_error"), baseline.ratio(m.key, found[m.key])))
+              for m in METRICS if baseline and m.distance and m.key in found}
+    return {key: {"value": one.value, "error": one.error} | ratios.get(key, {}) for key, one in found.items()}
+
+
+class Reference:
+    """The training and test images of a data set, with which N images sampled for given labels [N] are compared.
+
+    Label 10 means that an image is sampled without one. Without a classifier, only the metrics that need none are
+    measured. Raises UserError for too few real images.
+    """
+
+    def __init__(self, train: LabelledImages, test: LabelledImages, labels: Tensor,
+                 classifier: Classifier | None) -> None:
+        self.train, test, self.classifier = train.to("cpu"), test.to("cpu"), classifier
+        if int(labels.max()) == CLASSES:
+            labels = choose_labels(None, 0, range(len(labels)), self.train.labels.unique().tolist())
+        asked, there = (torch.bincount(each, minlength=CLASSES) for each in (labels, test.labels))
+        places = [(test.labels == k).nonzero().flatten() for k in range(CLASSES)]
+        chosen = [own[torch.arange(n) * len(own) // max(1, n)]  # evenly spaced
+                  for own, n in zip(places, torch.minimum(asked, there).tolist())]
+        self.test_subset = test[torch.cat(chosen).sort().values]
+        if len(self.test_subset) < FEWEST_TEST:
+            raise UserError(f"--digits: {len(self.test_subset)} test images of the classes that are sampled, and "
+                            f"measuring takes at least {FEWEST_TEST}; ask for other classes, or add test images")
+        self.features = self._features(self.train.images, self.train.labels)
+        self.moments = self._moments(self.features, self.train.labels)
+        shares = self.moments["shares"]
+        self.mean_grey = shares.first[0, :, -1] / shares.count[0].clamp(min=1)  # float64 [C]: of each class
+        self.baseline = self._baseline(labels, overlap=classifier is not None)
+
+    def measure(self, images: Tensor, labels: Tensor) -> Measured:
+        """All metrics of uint8 images [N, 1, 28, 28] sampled for labels [N] (10: none)."""
+        labelled = int(labels.max()) < CLASSES
+        labels = labels if labelled else self.baseline.labels
+        features = self._features(images, labels)
+        found, details = self._measured(features, labels, self.baseline.outside, labelled)
+        if self.classifier is not None:
+            ours = features["features"], metrics.radius(features["features"])
+            for key, share in zip(OVERLAP, metrics.precision_recall_coverage(*self.manifolds[0], *ours)):
+                found[key] = Measurement(share, self.baseline.found[key].error)
+        return found, details
+
+    @cached_property
+    def test_set(self) -> tuple[Measured, Baseline]:
+        """The test set, with as many images of each class as are asked for or exist, and the baseline for just these.
+
+        Other people wrote it: no model that learns the training set can come closer to it than that.
+        """
+        labels = self.test_subset.labels
+        same = torch.equal(labels.sort().values, self.baseline.labels.sort().values)
+        baseline = self.baseline if same else self._baseline(labels, overlap=False)
+        return self._measured(self._features(self.test_subset.images, labels), labels, baseline.outside), baseline
+
+    def _baseline(self, labels: Tensor, overlap: bool) -> Baseline:
+        sets = baseline_sets(self.train.labels, labels)
+        chosen = [{key: part[one] for key, part in self.features.items()} for one in sets]
+        own = [self._moments(part, labels) for part in chosen]
+        outside = [{key: (self.moments[key] - part[key]).sum() for key in part} for part in own]
+        measured = [self._measured(part, labels, [rest]) for part, rest in zip(chosen, outside)]
+        columns: dict[str, Any] = {key: [found[key].value for found, _ in measured] for key in measured[0][0]}
+        if overlap:  # of each set with the next
+            self.manifolds = [(part["features"], metrics.radius(part["features"])) for part in chosen]
+            shares = [metrics.precision_recall_coverage(*real, *fake)
+                      for real, fake in zip([*self.manifolds[1:], self.manifolds[0]], self.manifolds)]
+            columns |= zip(OVERLAP, zip(*shares))
+        found = {key: Measurement(fmean(column), stdev(column)) for key, column in columns.items()}
+        distances = [details.class_distances for _, details in measured]
+        return Baseline(labels, sets, outside, found, {k: fmean(each[k] for each in distances) for k in distances[0]})
+
+    def _measured(self, features: dict[str, Tensor], labels: Tensor, references: list[dict[str, Moments]],
+                  labelled: bool = True) -> Measured:  # False: sampled without labels
+        """All metrics that follow from features, as means over the references, with jackknife errors."""
+        missing = OF_CLASSIFIER if self.classifier is None else () if labelled else OF_LABELS
+        counts = torch.bincount(labels, minlength=CLASSES).double()
+        real = torch.stack([reference["features"].count for reference in references]).amin(0)
+        classes = ((counts >= FEWEST_OF_CLASS) & (real >= FEWEST)).nonzero().flatten()
+        blocks = min(MOST_BLOCKS, len(labels) // BLOCK)
+        by_block = self._moments(features, labels, max(1, blocks))
+        everything = {key: part.sum() for key, part in by_block.items()}
+        values, distances = self._values(everything, counts, classes, references)
+        found = {key: Measurement(value.item()) for key, value in values.items()
+                 if key not in missing and not value.isnan()}
+        if blocks >= FEWEST_BLOCKS:
+            without = {key: everything[key] - part for key, part in by_block.items()}
+            replicates, _ = self._values(without, counts, classes, references)
+            found = {key: Measurement(one.value, jackknife_error(replicates[key]), replicates[key])
+                     for key, one in found.items()}
+        class_counts = torch.bincount(features["probabilities"].argmax(1), minlength=CLASSES).tolist()
+        return found, Details({} if missing else dict(zip(classes.tolist(), distances.tolist())), class_counts)
+
+    def _values(self, moments: dict[str, Moments], counts: Tensor, classes: Tensor,
+                references: list[dict[str, Moments]]) -> tuple[dict[str, Tensor], Tensor]:
+        """Metrics [...] from moments [...], and the distances [..., K] within these classes [K].
+
+        The references are weighted to the class shares of the labels, so that no distance is due to those.
+        """
+        def distance(ours: Any, theirs: list[Any]) -> Tensor:  # of means and covariances
+            return torch.stack([metrics.frechet_from_moments(*ours, *real) for real in theirs]).mean(0)
+
+        found = {name: distance(moments[key].together(), [reference[key].together(counts) for reference in references])
+                 for name, key in (("frechet", "features"), ("texture", "texture"))}
+        within = distance(moments["features"].of(classes), [real["features"].of(classes) for real in references])
+        shares = moments["shares"]
+        confident, accuracy, zeros, grey = shares.together()[0].unbind(-1)
+        real_grey = shares.count @ self.mean_grey / shares.count.sum(-1)
+        return found | {"class_frechet": within.mean(-1), "confident": confident, "label_accuracy": accuracy,
+                        "zeros": zeros, "mean_intensity": grey / real_grey}, within
+
+    def _features(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """What the metrics need of each image, by name: [N, ...]."""
+        features, probabilities = torch.zeros(len(images), 1), torch.zeros(len(images), CLASSES)
+        if self.classifier is not None:
+            features, probabilities = extract(self.classifier, images)
+        likeliest = probabilities.max(1)
+        shares = (likeliest.values > CONFIDENT, likeliest.indices == labels, (images == 0).double().mean((1, 2, 3)),
+                  images.double().mean((1, 2, 3)))
+        return {"features": features, "texture": metrics.texture_features(images), "probabilities": probabilities,
+                "shares": torch.stack([share.double() for share in shares], 1)}
+
+    def _moments(self, features: dict[str, Tensor], labels: Tensor, blocks: int = 1) -> dict[str, Moments]:
+        """By class, for each of so many blocks of images, in order: [blocks, ...]."""
+        block = torch.arange(len(labels)) * blocks // len(labels)
+        return {key: metrics.class_moments(features[key], labels, block) for key in ("features", "texture", "shares")}
+
+
+def make_reference(config: Config, train: LabelledImages, test: LabelledImages, labels: Tensor) -> Reference:
+    """The reference for these labels, with the classifier of the data set, which is trained first if there is none.
+
+    Raises UserError where there are too few real images.
+    """
+    if int(labels.max()) < CLASSES:
+        baseline_sets(train.labels.cpu(), labels)  # raises before minutes of training
+    digest, classifier = describe(train, "")["digest"], None
+    if config.dataset == "generated" or digest == MNIST_DIGEST:
+        classifier = load_classifier()
+    elif len(train.labels.unique()) > 1:
+        classifier = own_classifier(config.dataset, digest, train.to("cpu"), test.to("cpu"))
+    else:
+        print("These images are all of one class: no classifier can be trained, so metrics that need one are left out.")
+    return Reference(train, test, labels, classifier)
+
+
+def baseline_sets(real: Tensor, labels: Tensor) -> list[Tensor]:
+    """Disjoint sets of real images with the same labels [N], image for image: 2 to 5 index tensors int64 [N].
+
+    They leave at least N of the real images [M] outside each. Raises UserError where there are not even two.
+    """
+    wanted, there = (torch.bincount(x, minlength=CLASSES) for x in (labels, real))
+    asked = wanted > 0
+    count = min(SETS, int((there[asked] // wanted[asked]).min()))
+    if count < 2 or len(real) < 2 * len(labels):
+        share = int((there[asked] * len(labels) // (2 * wanted[asked])).min())  # images of which two sets would do
+        most = min(share, len(real) // 2) // BLOCK * BLOCK
+        advice = f"use at most {most}" if most >= FEWEST else "no number of images works for these"
+        raise UserError(f"--num-images {len(labels)}: too few real images for a baseline, two disjoint sets of as many "
+                        f"with the same labels; {advice}")
+    sets = [torch.empty_like(labels) for _ in range(count)]
+    for k in asked.nonzero().flatten().tolist():
+        own = (real == k).nonzero().flatten()
+        own = own[torch.randperm(len(own), generator=generator("cpu", BASELINE_STREAM, k))]
+        for chosen, part in zip(sets, own.split(int(wanted[k]))):
+            chosen[labels == k] = part
+    return sets

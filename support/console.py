@@ -1,0 +1,75 @@
+"""What the program says: streams that may be closed, and the one process of torchrun that speaks. Imports no torch."""
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+class Place(NamedTuple):
+    """Where this process stands among those that torchrun started."""
+
+    rank: int = 0
+    world: int = 1
+    local_rank: int = 0
+    local_world: int = 1
+
+
+def place() -> Place:
+    """This process's place, from torchrun's environment; alone unless all of it is there and makes sense."""
+    try:
+        found = Place(*(int(os.environ[name]) for name in TORCHRUN[:4]))
+        sensible = 0 <= found.local_rank <= found.rank < found.world and found.local_rank < found.local_world
+        return found if sensible and all(os.environ[name] for name in TORCHRUN) else Place()
+    except (KeyError, ValueError):
+        return Place()
+
+
+class Guarded:
+    """A console stream whose write and flush never raise: a closed console must not end or change a run."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError, ValueError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+@contextlib.contextmanager
+def guarded_streams() -> Iterator[None]:
+    """Within the block sys.stdout and sys.stderr are Guarded; a missing one takes what is written and drops it."""
+    with contextlib.ExitStack() as stack:
+        while (null := os.open(os.devnull, os.O_RDWR)) <= 2:  # in place of standard streams that are closed,
+            os.set_inheritable(null, True)  # else the next file, perhaps a checkpoint, would become "standard error"
+        stack.callback(os.close, null)
+        for name in ("stdout", "stderr"):
+            before = getattr(sys, name)
+            stream = before or stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
+            with contextlib.suppress(AttributeError, ValueError, OSError):  # in a notebook it is something else
+                stream.reconfigure(errors="replace")  # for a console that lacks a letter
+            setattr(sys, name, Guarded(stream))
+            stack.callback(setattr, sys, name, before)
+            stack.callback(_drain, stream, null)
+        yield
+
+
+def _drain(stream: Any, null: int) -> None:
+    """Flushes a stream, into nothing if its reader is gone: the interpreter would complain of it at its end."""
+    try:
+        stream.flush()
+    except (OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            os.dup2(null, stream.fileno())
+            stream.flush()

@@ -1,0 +1,141 @@
+"""The training log: metrics.csv with the test loss by noise level, loss.png, and previews.
+
+Log points follow from the step alone, so that a resumed run has the same ones.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from config import Config, SampleConfig, TrainConfig, UserError, stored, training_settings
+from dataset import to_uint8, to_unit
+from diffusion import diffusion_loss, stratified_timesteps
+from optimizer import learning_rate
+from sample import LoadedModel, make_request, sample_images
+from support import checkpoint, plots
+from support.files import write_atomically, write_results
+from support.randomness import TEST_STREAM, generator
+from training_state import TrainingState
+
+TEST_IMAGES = 1000  # in the test loss, with fixed noise
+LEVELS = 10  # bins of t in the loss by noise level
+PREVIEW_STEPS = 10
+
+
+def announce(state: TrainingState, before: TrainConfig | None) -> None:
+    """Prints what will be trained; `before`: the options with which a resumed run was saved."""
+    options, runtime, name = state.config.train, state.runtime, state.config.name
+    processes = f", {runtime.world} processes" if runtime.world > 1 else ""
+    parameters = sum(weight.numel() for weight in state.learner.network.parameters())
+    runtime.say(f"Training {name} for {length(options)} on {runtime.name()}{processes}, "
+                f"{'bf16' if runtime.bf16 else 'fp32'}: {parameters / 1e6:.2f} M parameters.")
+    if before is None:
+        if runtime.device.type == "cpu" and options.minutes is None:
+            runtime.say("The progress bar shows the time remaining; --minutes 10 gives a first result on a CPU.")
+        return
+    was, now = (learning_rate(o, state.step, state.progress(o)) for o in (before, options))
+    runtime.say(f"Resuming the run in checkpoints/{name} ({state.effort()}) at a learning rate of {now:.2g}.")
+    if length(before) != length(options):
+        end = "stays there" if options.lr_schedule == "constant" else "falls to zero at the new end"
+        runtime.say(f"Its length is now {length(options)} instead of {length(before)}: the learning rate changes from "
+                    f"{was:.2g} to {now:.2g}, as if that had been its length from the start, and {end}.")
+
+
+def length(options: TrainConfig) -> str:
+    number, unit = (options.epochs, "epoch") if options.minutes is None else (options.minutes, "minute")
+    return f"{number:g} {unit}{'s' * (number != 1)}"
+
+
+def preview_number(epoch: float) -> int:
+    """Number of previews due by then: at 1/16, 0.09, 1/8, ... epochs, each sqrt(2) times the last; each 10th epoch."""
+    return max(0, math.floor(2 * math.log2(max(epoch, 1e-9) * 16) + 1e-9) + 1) + math.floor(epoch / 10 + 1e-9)
+
+
+def log_number(epoch: float) -> int:
+    """Number of log points passed: where a preview is due, and at each epoch from the third on."""
+    return preview_number(epoch) + math.floor(max(epoch, 2.0) + 1e-9)
+
+
+def log_point(state: TrainingState, preview: bool) -> None:
+    """Adds a row to metrics.csv; with `preview` also draws loss.png and a preview by the averaged weights."""
+    options = state.config.train
+    levels = test_loss(state)
+    total, steps = state.history["running"]
+    size = state.learner.schedule.timesteps / LEVELS
+    row = {"step": state.step, "epoch": round(state.epoch(state.step), 6), "images": state.step * options.batch_size,
+           "train_loss": total / max(1, steps), "test_loss": float(np.nanmean(levels)),
+           "skipped": state.history["skipped"],
+           **{f"test_loss_t{round(i * size) + 1}-{round((i + 1) * size)}": level for i, level in enumerate(levels)},
+           "seconds": round(state.history["seconds"], 1)}
+    columns = state.history["columns"]
+    before = max(map(len, columns.values()), default=0)
+    for name in {**columns, **row}:  # a run begun by another version may have other columns
+        columns.setdefault(name, [math.nan] * before).append(row.get(name, math.nan))
+    state.history["running"] = [0.0, 0]
+    table = np.array(list(columns.values()), float).T
+    writers: dict[str, Callable[[Path], None]] = {"metrics.csv": lambda path: write_atomically(
+        path, lambda file: np.savetxt(file, table, "%.10g", ",", header=",".join(columns), comments=""))}
+    if preview and options.preview:
+        images, per_row = preview_images(state)
+        writers[f"preview-{state.step:07d}.png"] = lambda path: plots.save_grid(path, images, per_row,
+                                                                                {"step": str(state.step)})
+    if preview and before > 1:  # two points would make an almost empty picture
+        writers["loss.png"] = lambda path: plots.save_losses(
+            path, columns, shipped_losses(state.config), {"config": str(state.config.diffusion)},
+            epoch_size=state.history["data"]["images"])
+    state.runtime.on_rank0(lambda: write_results(state.results, writers))
+
+
+def current_model(state: TrainingState) -> LoadedModel:
+    """The current averaged weights, to sample from."""
+    return LoadedModel(state.learner.average, state.learner.schedule, state.runtime, stored(state.config),
+                       state.history, step=state.step, path=state.path)
+
+
+def preview_images(state: TrainingState) -> tuple[Tensor, int]:
+    """The first images uint8 [N, 1, 28, 28] of all classes in turn, without guidance, and how many go in a row."""
+    model = current_model(state)
+    digits = "".join(map(str, model.classes)) if model.label_dropout < 1 else None  # all classes in turn
+    options = SampleConfig(steps=min(PREVIEW_STEPS, model.schedule.timesteps), guidance=1.0, digits=digits)
+    request = make_request(model, options, state.config.seed, state.config.train.preview)
+    images = to_uint8(sample_images(model, request)[0])
+    return images, min(len(images), len(digits or "0123456789"))
+
+
+def test_loss(state: TrainingState) -> list[float]:
+    """Mean loss in each tenth of the noise levels, over fixed images, timesteps and noise, so that runs compare."""
+    test, learner, device = state.test, state.learner, state.runtime.device
+    number, timesteps = min(TEST_IMAGES, len(test)), learner.schedule.timesteps
+    random = generator("cpu", TEST_STREAM)
+    t = stratified_timesteps(timesteps, number, torch.tensor(0.5))[torch.randperm(number, generator=random)]
+    noise = torch.randn(number, 1, 28, 28, generator=random)
+    evenly = torch.arange(number) * len(test) // number  # the first half of MNIST's test set is the easier one
+    losses = []
+    with torch.inference_mode(), state.runtime.autocast():
+        for part in torch.arange(number).split(250):
+            chosen = test[evenly[part].to(device)]
+            losses.append(diffusion_loss(
+                learner.average, learner.schedule, to_unit(chosen.images), chosen.labels, t[part].to(device),
+                noise[part].to(device), state.config.train.clip_loss))
+    loss, level = torch.cat(losses).cpu().double(), (t - 1) * LEVELS // timesteps
+    return [loss[level == i].mean().item() if (level == i).any() else math.nan for i in range(LEVELS)]
+
+
+@functools.lru_cache
+def shipped_losses(config: Config) -> dict[str, Any] | None:
+    """The shipped weights' columns of metrics.csv; None unless they were measured in the same way on the same data."""
+    try:
+        shipped = checkpoint.load(checkpoint.PRETRAINED)
+        theirs = training_settings(shipped["config"])[0]
+    except UserError:
+        return None
+    history = shipped["history"]
+    same = (theirs.diffusion, theirs.train.clip_loss) == (config.diffusion, config.train.clip_loss)
+    same_images = history.get("data", {}).get("name") == config.dataset and "test_images" in history
+    return history.get("columns") if same and same_images else None

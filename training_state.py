@@ -1,0 +1,149 @@
+"""The state of a training run: settings, data, learner and progress; how it starts, resumes and is saved."""
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from config import Config, TrainConfig, UserError, differences, stored, training_settings
+from dataset import LabelledImages, describe
+from support import checkpoint
+from support.runtime import Runtime
+from training_step import Learner, code_digests
+
+BAD_STEPS = 20  # steps in a row without a finite loss after which a run stops
+
+
+@dataclass
+class TrainingState:
+    """One run. `history` is saved with it: "columns" of metrics.csv, running sums since its last row, seconds, ..."""
+
+    config: Config  # settled: with its name
+    runtime: Runtime
+    train: LabelledImages
+    test: LabelledImages
+    learner: Learner
+    history: dict[str, Any]
+    step: int = 0  # steps done
+    pending_losses: list[Tensor] = field(default_factory=list)  # of the latest steps, on the device, not yet read
+    skipped_in_a_row: int = 0
+
+    @property
+    def path(self) -> Path:
+        return checkpoint.own(str(self.config.name))
+
+    @property
+    def results(self) -> Path:
+        return Path("results") / str(self.config.name)
+
+    def epoch(self, step: int) -> float:
+        return step * self.config.train.batch_size / self.history["data"]["images"]
+
+    def length(self, options: TrainConfig) -> int:
+        """Steps in the epochs of these options."""
+        return math.ceil(options.epochs * self.history["data"]["images"] / options.batch_size)
+
+    def progress(self, options: TrainConfig) -> float:
+        """The part of the run that is done, 0 to 1: by time if minutes are given, else by steps."""
+        if options.minutes is not None:
+            return min(1.0, self.history["seconds"] / (60 * options.minutes))
+        return min(1.0, self.step / self.length(options))
+
+    def effort(self) -> str:
+        skipped = f", {self.history['skipped']} steps skipped" if self.history["skipped"] else ""
+        return (f"{self.step:,} steps, {self.epoch(self.step):.1f} epochs, {self.history['seconds'] / 60:.1f} "
+                f"minutes{skipped}")
+
+
+def new_state(config: Config, runtime: Runtime, train: LabelledImages, test: LabelledImages) -> TrainingState:
+    learner = Learner(config, train, runtime)
+    history = {"columns": {}, "running": [0.0, 0], "seconds": 0.0, "skipped": 0, "code": code_digests(),
+               "data": describe(train, config.dataset), "alpha_bar": learner.schedule.alpha_bar,
+               "test_images": "evenly spaced"}
+    return TrainingState(config, runtime, train, test, learner, history)
+
+
+def resume(state: TrainingState) -> TrainConfig:
+    """Fills the state from its checkpoint and returns the options that it was saved with.
+
+    Raises UserError, before anything is written, if the checkpoint is damaged or not of this same run.
+    """
+    path, start_over = state.path, "choose another --name, or start over with --fresh, which keeps the old file"
+    saved = checkpoint.load(path)
+    try:
+        before, assumed = training_settings(saved["config"])
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    if changed := differences(stored(before), stored(state.config)):
+        older = f"; the file is older than some of these settings ({', '.join(assumed)})" if assumed else ""
+        values = "; ".join(f"{name} was {before}, now {now}" for name, before, now in changed)
+        raise UserError(f"{path} was trained with other settings ({values}{older}): go back to those, {start_over}")
+    if saved["model"] is None or saved["optimizer"] is None:
+        raise UserError(f"{path} holds only averaged weights, so it can't be trained on: {start_over}")
+    history = saved["history"]
+    if any(type(history.get(name)) is not type(value) for name, value in state.history.items()
+           if name != "test_images"):  # the first runs lack it
+        raise UserError(f"{path}: its history is not as this version writes it: {start_over}")
+    theirs, ours = ((data.get("images"), data.get("digest")) for data in (history["data"], state.history["data"]))
+    if theirs != ours:
+        raise UserError(f"{path} was trained on other images ({theirs[0]}, digest {theirs[1]}) than those found now "
+                        f"({ours[0]}, digest {ours[1]}): {start_over}")
+    edited = [name for name, digest in state.history["code"].items() if history["code"].get(name) != digest]
+    if edited and not state.config.train.same_code:
+        raise UserError(f"{path} was trained by other code ({', '.join(edited)} edited since): {start_over}; or say "
+                        "with --same-code that it does the same")
+    theirs, ours = history["alpha_bar"], state.history["alpha_bar"]
+    if theirs.shape != ours.shape or not torch.allclose(theirs, ours, rtol=1e-9, atol=0):
+        raise UserError(f"{path} was trained with another noise schedule than diffusion.py makes now: {start_over}")
+    checkpoint.load_weights(state.learner.network, saved["model"], path)
+    checkpoint.load_weights(state.learner.average, saved["ema"], path)
+    try:
+        state.learner.optimizer.load_state_dict(saved["optimizer"])
+    except (LookupError, ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: its optimizer state does not fit ({error}); start over with --fresh") from None
+    state.step, state.history = saved["step"], history | {"code": state.history["code"]}
+    if assumed:
+        state.runtime.say(f"note: {path} is older than these settings, and is continued with {', '.join(assumed)}")
+    return before.train
+
+
+def save(state: TrainingState) -> None:
+    """Writes the checkpoint in the first process; raises a UserError of that one in all of them."""
+    learner = state.learner
+
+    def work() -> None:
+        if not all(torch.isfinite(weight).all() for weight in learner.network.parameters()):
+            raise UserError(f"a weight is not finite after step {state.step}, so it is not saved, and {state.path} is "
+                            "left as it was: start over with --fresh and a lower --lr, or --precision fp32")
+        checkpoint.save(state.path, {
+            "config": stored(state.config), "model": learner.network.state_dict(),
+            "ema": learner.average.state_dict(), "optimizer": learner.optimizer.state_dict(), "step": state.step,
+            "history": state.history})
+
+    state.runtime.on_rank0(work)
+
+
+def read_losses(state: TrainingState) -> float | None:
+    """Waits for the losses of the steps since the last call, and adds them to the history in the order of the steps.
+
+    Returns the mean training loss since the last row of metrics.csv, if any. Raises UserError after BAD_STEPS skipped
+    steps in a row.
+    """
+    history = state.history
+    for loss in torch.stack(state.pending_losses).tolist() if state.pending_losses else []:
+        if math.isfinite(loss):
+            history["running"] = [history["running"][0] + loss, history["running"][1] + 1]
+            state.skipped_in_a_row = 0
+        else:
+            history["skipped"] += 1
+            state.skipped_in_a_row += 1
+            if state.skipped_in_a_row >= BAD_STEPS:
+                there = state.runtime.on_rank0(lambda: state.path.exists())
+                kept = f"; {state.path} holds the weights from before" if there else ""
+                raise UserError(f"the loss or its gradient was not finite in {BAD_STEPS} steps in a row, up to step "
+                                f"{state.step}: start over with --fresh and a lower --lr, or --precision fp32{kept}")
+    state.pending_losses.clear()
+    return history["running"][0] / history["running"][1] if history["running"][1] else None
