@@ -78,7 +78,7 @@ class TrainConfig:
     label_dropout: Share = 0.05  # share of images trained without their label
     preview: Annotated[int, Ge(0), Le(1024)] = 64  # images in each preview grid during training; 0: none
     fresh: bool = False  # start over; the old checkpoint is kept under another name
-    same_code: bool = False  # continue a run although the code was edited since: a comment, a rename
+    same_code: bool = False  # continue a run although the code changed: safe for comments and renames
 
 
 @dataclass(frozen=True)

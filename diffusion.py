@@ -104,7 +104,9 @@ def target(schedule: NoiseSchedule, x0: Tensor, t: Tensor, noise: Tensor) -> Ten
         return noise
     if schedule.prediction == "x0":
         return x0
-    return schedule.at(schedule.alpha, t) * noise - schedule.at(schedule.sigma, t) * x0
+    if schedule.prediction == "v":
+        return schedule.at(schedule.alpha, t) * noise - schedule.at(schedule.sigma, t) * x0
+    raise UserError(f"--prediction {schedule.prediction}: there is no such target; add it to target and predicted_x0")
 
 
 def predicted_x0(schedule: NoiseSchedule, prediction: Tensor, x_t: Tensor, t: int) -> Tensor:
@@ -128,7 +130,7 @@ def loss_weights(schedule: NoiseSchedule) -> Tensor:
         return torch.ones_like(schedule.alpha_bar)
     snr = schedule.snr.clone()
     snr[0] = snr[1]  # t = 0 is never trained on; keep it finite
-    wanted = snr if schedule.weighting == "snr" else snr.clamp(max=MIN_SNR_GAMMA)
+    wanted = {"snr": snr, "min-snr": snr.clamp(max=MIN_SNR_GAMMA)}[schedule.weighting]
     # Squared errors: x0's is the noise's over SNR, and v's over SNR + 1.
     return wanted / {"noise": snr, "x0": torch.ones_like(snr), "v": snr + 1}[schedule.prediction]
 

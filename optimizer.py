@@ -87,14 +87,14 @@ class Muon(torch.optim.Optimizer):
                 self.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
         gradients = [cast(Tensor, weight.grad) for weight in weights]
         buffers = [self.state[weight]["momentum_buffer"] for weight in weights]
-        old, slopes, momenta = (torch.stack([channels_last(each).flatten(1) for each in those])
-                                for those in (weights, gradients, buffers))  # [N, a, k * k * b]
-        moved = momenta.lerp(slopes, 1 - MOMENTUM)
-        change = orthogonalized(slopes.lerp(moved, MOMENTUM))
+        old, grads, momenta = (torch.stack([channels_last(each).flatten(1) for each in tensors])
+                               for tensors in (weights, gradients, buffers))  # [N, a, k * k * b]
+        new_momenta = momenta.lerp(grads, 1 - MOMENTUM)
+        change = orthogonalized(grads.lerp(new_momenta, MOMENTUM))
         lr, scale = group["lr"], 0.2 * max(old.shape[1:]) ** 0.5
         new = old * (1 - lr * group["weight_decay"]) - lr * scale * change
         finite = self.found_inf == 0
-        results = (*torch.where(finite, new, old), *torch.where(finite, moved, momenta))
+        results = (*torch.where(finite, new, old), *torch.where(finite, new_momenta, momenta))
         targets = [channels_last(each) for each in (*weights, *buffers)]
         torch._foreach_copy_(targets, [matrix.view_as(targets[0]) for matrix in results])
 

@@ -91,7 +91,7 @@ def sa(denoise: Denoiser, schedule: NoiseSchedule, x: Tensor, timesteps: Sequenc
     log-SNR between both ends of that step, and then predicts the next step by extrapolation. The correction restores
     the variance that a coarse step loses, because its x0_hat is only a mean.
     """
-    previous: tuple[Tensor, Tensor, float, float] | None = None  # x0_hat, the step without its x0, x0's weight, h
+    previous: tuple[Tensor, Tensor, float, float] | None = None  # x0_hat, rest, weight, h; x = rest + weight x0
     for t, s in pairwise(timesteps):
         x0_hat = denoise(x, t)
         x0 = x0_hat
@@ -111,7 +111,7 @@ def sa(denoise: Denoiser, schedule: NoiseSchedule, x: Tensor, timesteps: Sequenc
 
 
 def _mean_position(h: float) -> float:
-    """Where in a step of log-SNR 2h, from 0 to 1, lies the weighted mean of the x0_hat that reach its end."""
+    """Centre of the exponential weights over a step of log-SNR 2h, as a fraction of the step."""
     reached = -math.expm1(-2 * h)
     return (1 - reached / (2 * h)) / reached
 

@@ -78,7 +78,7 @@ def texture_filters() -> Tensor:
 
 
 def texture_features(images: Tensor, batch: int = 1000) -> Tensor:
-    """Local contrast of uint8 images at two scales -> float32 [N, 32]; blind to where on the image it is.
+    """Local contrast of uint8 images at two scales -> float32 [N, 32]; independent of the position.
 
     Responses r of fixed zero-mean filters to pixels in grey levels, taken as log(1 + |r|), which lifts what is faint;
     their mean and mean square over the image. Grain on the background, blur and lost contrast all move them. The

@@ -1,7 +1,7 @@
 """The real images that sampled ones are compared with, the real-vs-real baseline, and all metrics with their errors.
 
 Distances are to the training images. The baseline is the distance of real training images, with the same labels, from
-the rest of them: no model can be expected to do better. A figure means something only beside its baseline and error.
+the rest of them: no model can be expected to do better. Always read a value beside its baseline and error.
 """
 
 import math
@@ -44,6 +44,7 @@ METRICS = (
     Metric("coverage", "coverage", "{:.3f}"), Metric("confident", "confident", "{:.2%}"),
     Metric("label_accuracy", "label acc.", "{:.2%}"), Metric("zeros", "zeros", "{:.2%}"))
 DECIDING = "class_frechet"  # the one metric that decides a comparison
+SHARES = ("confident", "label_accuracy", "zeros", "grey")  # means over images; each is the metric of its name
 OVERLAP = ("precision", "recall", "coverage")
 OF_LABELS = ("class_frechet", "label_accuracy")  # those that need labels
 OF_CLASSIFIER = (*OF_LABELS, "frechet", "confident")  # and, with OVERLAP, a classifier
@@ -116,8 +117,8 @@ class Reference:
                             f"measuring takes at least {FEWEST_TEST}; ask for other classes, or add test images")
         self.features = self._features(self.train.images, self.train.labels)
         self.moments = self._moments(self.features, self.train.labels)
-        shares = self.moments["shares"]
-        self.mean_grey = shares.first[0, :, -1] / shares.count[0].clamp(min=1)  # float64 [C]: of each class
+        grey, count = self.moments["shares"].first[0, :, SHARES.index("grey")], self.moments["shares"].count[0]
+        self.mean_grey = grey / count.clamp(min=1)  # float64 [C]: of each class
         self.baseline = self._baseline(labels, overlap=classifier is not None)
 
     def measure(self, images: Tensor, labels: Tensor) -> Measured:
@@ -192,11 +193,9 @@ class Reference:
         found = {name: distance(moments[key].together(), [reference[key].together(counts) for reference in references])
                  for name, key in (("frechet", "features"), ("texture", "texture"))}
         within = distance(moments["features"].of(classes), [real["features"].of(classes) for real in references])
-        shares = moments["shares"]
-        confident, accuracy, zeros, grey = shares.together()[0].unbind(-1)
-        real_grey = shares.count @ self.mean_grey / shares.count.sum(-1)
-        return found | {"class_frechet": within.mean(-1), "confident": confident, "label_accuracy": accuracy,
-                        "zeros": zeros, "mean_intensity": grey / real_grey}, within
+        count, shares = moments["shares"].count, dict(zip(SHARES, moments["shares"].together()[0].unbind(-1)))
+        intensity = shares.pop("grey") / (count @ self.mean_grey / count.sum(-1))
+        return found | shares | {"class_frechet": within.mean(-1), "mean_intensity": intensity}, within
 
     def _features(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """What the metrics need of each image, by name: [N, ...]."""
@@ -204,10 +203,10 @@ class Reference:
         if self.classifier is not None:
             features, probabilities = extract(self.classifier, images)
         likeliest = probabilities.max(1)
-        shares = (likeliest.values > CONFIDENT, likeliest.indices == labels, (images == 0).double().mean((1, 2, 3)),
-                  images.double().mean((1, 2, 3)))
+        shares = {"confident": likeliest.values > CONFIDENT, "label_accuracy": likeliest.indices == labels,
+                  "zeros": (images == 0).double().mean((1, 2, 3)), "grey": images.double().mean((1, 2, 3))}
         return {"features": features, "texture": metrics.texture_features(images), "probabilities": probabilities,
-                "shares": torch.stack([share.double() for share in shares], 1)}
+                "shares": torch.stack([shares[name].double() for name in SHARES], 1)}
 
     def _moments(self, features: dict[str, Tensor], labels: Tensor, blocks: int = 1) -> dict[str, Moments]:
         """By class, for each of so many blocks of images, in order: [blocks, ...]."""

@@ -42,14 +42,15 @@ def between_trainings(sides: Sequence[Sequence[float]], key: str) -> tuple[float
 
     sides: for each the logarithm of a metric, one for each training. Their variance is pooled with SPREAD's.
     """
-    own = [(len(side) - 1, variance(side)) for side in sides if len(side) > 1]
-    freedom = SPREAD_FREEDOM + sum(count for count, _ in own)
-    pooled = (SPREAD_FREEDOM * SPREAD[key] ** 2 + sum(count * value for count, value in own)) / freedom
+    known = [(len(side) - 1, variance(side)) for side in sides if len(side) > 1]
+    known += [(SPREAD_FREEDOM, SPREAD[key] ** 2)] if key in SPREAD else []
+    freedom = sum(count for count, _ in known)
+    pooled = sum(count * value for count, value in known) / freedom
     return math.sqrt(pooled * sum(1 / len(side) for side in sides)), freedom
 
 
 def detectable(error: float, freedom: float) -> float:
-    """The true difference of which four of five comparisons find that it is not zero, in units of the error."""
+    """The smallest true difference that is found significant in 80% of comparisons, given its standard error."""
     return error * (student_quantile(freedom) + student_quantile(freedom, 0.6))  # 0.6: 80% lie below it, one-sided
 
 

@@ -3,19 +3,13 @@
 import contextlib
 import os
 import sys
+from collections import namedtuple
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-
-
-class Place(NamedTuple):
-    """Where this process stands among those that torchrun started."""
-
-    rank: int = 0
-    world: int = 1
-    local_rank: int = 0
-    local_world: int = 1
+# Where this process stands among those that torchrun started; by default it is alone.
+Place = namedtuple("Place", "rank world local_rank local_world", defaults=(0, 1, 0, 1))
 
 
 def place() -> Place:

@@ -66,14 +66,14 @@ class CudaGraph:
                 torch.cuda.set_stream(here)  # which torch leaves as it was in the capture
                 first_line = "".join(str(error.__context__ or error).strip().splitlines()[:1])[:120]
                 raise UserError(f"the network can't be captured as a CUDA graph ({first_line}): it must not wait for "
-                                "the GPU, as .item() does; mend it, or use --compile off") from None
+                                "the GPU, as .item() does; change it, or use --compile off") from None
         torch._foreach_copy_(self.inputs, arguments)
         self.graph.replay()
         return self.output.clone()
 
 
 def graphed(network: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """A network as CUDA graphs, one for each batch size and precision, which see its weights as they are by then."""
+    """A network as CUDA graphs, one for each batch size and precision, which use the weights' current values."""
     graphs, itself = _GRAPHS.setdefault(network, {}), weakref.ref(network)  # a graph that held it would keep both
 
     def call(*arguments: Tensor) -> Tensor:

@@ -66,7 +66,7 @@ def make_folder(path: Path) -> Path:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"{path}: can't be made ({error.strerror}); choose another --name, or free the place") from None
+        raise UserError(f"{path}: can't be made ({error.strerror}); choose another --name, or remove it") from None
     return path
 
 

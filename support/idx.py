@@ -122,7 +122,7 @@ def download(source: Source, folder: Path) -> None:
         raise UserError(f"{folder}: {source.kind} is missing, and only the first process downloads it; run one first")
     print(f"{source.kind} is not in {folder}: downloading it ({source.megabytes} MB).", flush=True)
     nearest = next(parent for parent in folder.parents if os.path.exists(parent))
-    patience = socket.getdefaulttimeout()
+    previous_timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(TIMEOUT)
     try:
         import torchvision
@@ -142,4 +142,4 @@ def download(source: Source, folder: Path) -> None:
         raise UserError(f"{source.kind} is not in {folder} and can't be downloaded ({reason}): put "
                         f"{', '.join(source.digests)} there, or choose another --data-dir or --dataset") from None
     finally:
-        socket.setdefaulttimeout(patience)
+        socket.setdefaulttimeout(previous_timeout)

@@ -46,7 +46,7 @@ def save_grid(path: Path, images: ArrayLike, columns: int, metadata: Mapping[str
 
 
 def save_process(path: Path, states: ArrayLike, timesteps: Sequence[int], metadata: Mapping[str, str]) -> None:
-    """PNG of how images come to be: states [K, n, 1, 28, 28], a row per image, a column per timestep, headed by it."""
+    """PNG of the denoising process: states [K, n, 1, 28, 28], a row per image, a column per timestep, headed by it."""
     columns = [_tiles(state, 3) for state in np.asarray(states)]  # [K, n, 84, 84]
     _save_png(path, _page([[_text(f"t = {t}", 84, 28) for t in timesteps], *zip(*columns, strict=True)], 4), metadata)
 
@@ -66,7 +66,7 @@ def save_animation(path: Path, states: ArrayLike, metadata: Mapping[str, str]) -
     All frames share one palette, grey level i at index i, so nothing flickers and no level is changed.
     """
     frames = [Image.fromarray(to_grid(_tiles(state, 4), len(state), 8)) for state in np.asarray(states)]
-    step = 10 * max(3, min(30, round(300 / len(frames))))  # ms; players mistreat less than 30
+    step = 10 * max(3, min(30, round(300 / len(frames))))  # ms; many players slow down less than 30
     comment = "\n".join(f"{key}: {value}" for key, value in metadata.items())
     write_atomically(path, lambda file: frames[0].save(
         file, "GIF", save_all=True, append_images=frames[1:], duration=[step] * (len(frames) - 1) + [1500], loop=0,

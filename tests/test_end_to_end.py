@@ -122,7 +122,7 @@ def test_killed_runs_resume_bit_for_bit(uninterrupted: Done, idx_folder: Path, t
     for moment in moments:
         program = start(tmp_path, *flags, changes=OFTEN)
         wait_for(lambda moment=moment, program=program: moment() or not program.running(), pause=0.001)
-        assert program.running()
+        assert program.running() or moment()  # the last moment comes shortly before the end
         program.kill()
     output = start(tmp_path, *flags, changes=OFTEN).finish()
     assert "Resuming the run" not in output  # only the images were left to sample
