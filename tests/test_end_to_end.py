@@ -132,11 +132,12 @@ def test_killed_runs_resume_bit_for_bit(uninterrupted: Done, idx_folder: Path, t
 def test_ctrl_c_saves_and_says_how_to_resume(uninterrupted: Done, idx_folder: Path, tmp_path: Path) -> None:
     """A real process, without stderr, and in an environment with leftovers that must not matter."""
     flags = [*RUN, *SAMPLING, "--data-dir", str(idx_folder), "--compile", "off"]
-    leftovers = {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_CACHE_DIR": "/dev/null/cache", "RANK": "", "WORLD_SIZE": "2",
-                 "MPLBACKEND": "module://matplotlib_inline.backend_inline"}
+    leftovers = {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_CACHE_DIR": "/dev/null/cache", "RANK": "", "WORLD_SIZE": "2"}
     process = subprocess.Popen(["sh", "-c", 'exec "$0" "$@" 2>&-', sys.executable, str(ROOT / "run.py"), *flags],
                                cwd=tmp_path, text=True, stdout=subprocess.PIPE, env={**os.environ, **leftovers})
     wait_for(lambda: (tmp_path / "results/idx/preview-0000001.png").exists() or process.poll() is not None)
+    place = Path(f"/proc/{process.pid}/fd/2")  # where the next file would have been opened
+    assert not place.parent.exists() or os.readlink(place) == os.devnull
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 130, output
