@@ -129,6 +129,10 @@ LEGACY = {"model": {}, "diffusion": {}, "train": {"clip_loss": False, "focus": 0
 FREE = ("epochs", "minutes", "preview", "fresh", "same_code")  # may differ when a run is continued
 SAMPLING = ("sampler", "steps", "spacing", "eta", "variance", "guidance", "guidance_interval")  # sampling options
 RESERVED = ("pretrained", "shipped", "compare", "classifiers")  # folders of the project, not names for runs
+EXCLUSIVE = (("name", "checkpoint"), ("digits", "write"), ("num_images", "write"))  # flags of which one decides
+# Knobs whose edited defaults yield, to these values, if one of these flags is given.
+YIELDING = (("checkpoint", None, ("name", "dataset")), ("write", None, ("digits", "num_images")),
+            ("eta", 0.0, ("sampler",)), ("variance", "posterior", ("sampler",)))
 # The modes that use a knob, or all knobs of a group; what is not listed, all modes use.
 USED_BY = {"model": ("train",), "diffusion": ("train",), "train": ("train",), "runs": ("compare",),
            "name": ("train", "sample", "evaluate"), "write": ("sample",), "checkpoint": ("sample", "evaluate")}
@@ -150,13 +154,18 @@ def parse(argv: list[str], defaults: Config | None = None) -> Config:
         if stop.code == 0:  # --help
             raise
         raise UserError(_one_line(box.getvalue())) from None
-    for name in given(argv):
+    names = given(argv)
+    for name, other in EXCLUSIVE:
+        if name in names and other in names:
+            raise UserError(f"{_flag(name)}: it has no effect beside {_flag(other)}; leave one of the two out")
+    for name in names:
         modes = USED_BY.get(name, USED_BY.get(KNOBS[name], (config.mode,)))
         if config.mode not in modes:
             why = ("the checkpoint's own settings decide it" if modes == ("train",) and name not in FREE else
                    f"it is for --mode {' and '.join(modes)}")
             raise UserError(f"{_flag(name)}: --mode {config.mode} does not use it, since {why}; leave it out")
-    return validate(config)
+    yielding: Any = {name: value for name, value, flags in YIELDING if name not in names and set(names) & set(flags)}
+    return validate(dataclasses.replace(config, sample=dataclasses.replace(config.sample, **yielding)))
 
 
 def given(argv: list[str]) -> list[str]:
@@ -186,6 +195,8 @@ def validate(config: Config) -> Config:
     require(low < high, "--guidance-interval", sample.guidance_interval, "the first has to be below the second")
     require(sample.digits != "none" or sample.guidance in (1, SampleConfig.guidance), "--guidance", sample.guidance,
             "guidance needs labels, and --digits none has none; leave one of the two out")
+    require(sample.guidance_interval == SampleConfig.guidance_interval or sample.guidance != 1 and
+            sample.digits != "none", "--guidance-interval", sample.guidance_interval, "nothing is guided; leave it out")
     require((config.name or "").casefold() not in RESERVED, "--name", config.name,
             "the project itself uses this name for a folder; choose another")
     return config

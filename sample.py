@@ -309,8 +309,7 @@ def write_images(folder: Path, images: Tensor, model: LoadedModel, request: Samp
         "sample.png": lambda path: plots.save_grid(path, images, columns, source),
         "process.png": lambda path: plots.save_process(path, states[shown], [request.timesteps[i] for i in shown],
                                                        source),
-        "process.gif": lambda path: plots.save_animation(path, states[frames], source),
-        "samples.npz": arrays}
+        "process.gif": lambda path: plots.save_animation(path, states[frames], source), "samples.npz": arrays}
     if options.write is not None:
         writers = {"number.png": lambda path: plots.save_number(path, images, source)}
     return write_results(folder, writers)

@@ -24,10 +24,7 @@ SUSPENDED_SECONDS, SUSPENDED_RATIO = 10.0, 20.0  # a step longer than both, the 
 
 
 def main(config: Config, runtime: Runtime) -> int:
-    """Trains until the run is as long as the config says, resuming an unfinished one, and samples at the end.
-
-    Returns the exit status: 128 + n after stop signal n, else 0.
-    """
+    """Trains or resumes a run and samples at its end; returns the exit status, 128 + n after stop signal n."""
     if config.train.batch_size < runtime.world:
         raise UserError(f"--batch-size {config.train.batch_size}: fewer images than the {runtime.world} processes; "
                         "raise it, or start fewer")
@@ -80,8 +77,7 @@ def train(state: TrainingState) -> int:
                 break
             if options.minutes is not None and progress > 0.01:
                 bar.total = round(state.step / progress)  # for the time remaining
-            state.pending_losses.append(
-                state.learner.step(state.step, learning_rate(options, state.step, progress)))
+            state.pending_losses.append(state.learner.step(state.step, learning_rate(options, state.step, progress)))
             state.step += 1
             bar.update()
             now, before = state.epoch(state.step), state.epoch(state.step - 1)

@@ -118,10 +118,9 @@ def save(state: TrainingState) -> None:
         if not all(torch.isfinite(weight).all() for weight in learner.network.parameters()):
             raise UserError(f"a weight is not finite after step {state.step}, so it is not saved, and {state.path} is "
                             "left as it was: start over with --fresh and a lower --lr, or --precision fp32")
-        checkpoint.save(state.path, {
-            "config": stored(state.config), "model": learner.network.state_dict(),
-            "ema": learner.average.state_dict(), "optimizer": learner.optimizer.state_dict(), "step": state.step,
-            "history": state.history})
+        weights = {"model": learner.network.state_dict(), "ema": learner.average.state_dict()}
+        checkpoint.save(state.path, {"config": stored(state.config), "optimizer": learner.optimizer.state_dict(),
+                                     "step": state.step, "history": state.history, **weights})
 
     state.runtime.on_rank0(work)
 

@@ -1,5 +1,6 @@
 """mode evaluate: a table of all metrics beside the baseline and the test set, metrics.json and two pictures."""
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any, cast
@@ -94,13 +95,12 @@ def report(images: Tensor, model: LoadedModel, request: SampleRequest, reference
 
 def keep_other_report(folder: Path, identity: dict[str, Any]) -> Path | None:
     """Moves a report aside unless it is of the same weights, settings and images; returns where it is now."""
-    try:
+    before, there = None, [path for name in REPORT if (path := folder / name).exists()]
+    with contextlib.suppress(OSError, ValueError):  # one that can't be read is kept as well
         before = json.loads((folder / REPORT[0]).read_text("utf-8"))
-    except (OSError, ValueError):
+    if not there or isinstance(before, dict) and {key: before.get(key) for key in identity} == identity:
         return None
-    if isinstance(before, dict) and {key: before.get(key) for key in identity} == identity:
-        return None
-    return set_aside([path for name in REPORT if (path := folder / name).exists()], folder)
+    return set_aside(there, folder)
 
 
 def table(content: dict[str, Any], sets: int) -> str:

@@ -53,8 +53,9 @@ def write_results(folder: Path, writers: Mapping[str, Callable[[Path], None]]) -
         try:
             write(folder / name)
             written.append(folder / name)
-        except UserError as error:
-            print(f"WARNING: {error}", flush=True)
+        except (UserError, ImportError, OSError, ValueError) as error:  # a full disk, a matplotlib that can't be loaded
+            problem = error if isinstance(error, UserError) else f"{folder / name}: {type(error).__name__}: {error}"
+            print(f"WARNING: {problem}", flush=True)
     return written
 
 

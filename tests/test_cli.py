@@ -436,3 +436,21 @@ def test_mnist_is_looked_for_here_and_then_beside_the_code(own_folder: Path, mon
     put(Path("dataset"))
     assert dataset.data_folder(Config(), "mnist") == Path("dataset")
     assert dataset.data_folder(Config(data_dir=Path("else")), "mnist") == Path("else")
+
+
+@pytest.mark.parametrize("flags", [
+    ["--name", "mine", "--checkpoint", "pretrained"], ["--write", "12", "--digits", "7"],
+    ["--write", "12", "--num-images", "9"], ["--guidance", "1", "--guidance-interval", "0", "1"],
+    ["--digits", "none", "--guidance-interval", "0", "1"]])
+def test_a_flag_that_another_one_makes_useless_is_refused(flags: list[str]) -> None:
+    with pytest.raises(UserError, match="leave"):
+        configs.parse(["--mode", "sample", *flags])
+
+
+def test_an_edited_default_yields_to_a_flag() -> None:
+    edited = Config(mode="sample", sample=SampleConfig(
+        checkpoint=Path("pretrained"), write="12", sampler="ddim", eta=0.5))
+    assert configs.parse(["--name", "mine"], edited).sample.checkpoint is None
+    assert configs.parse(["--digits", "7"], edited).sample.write is None
+    assert configs.parse(["--sampler", "sa"], edited).sample.eta == 0
+    assert configs.parse(["--steps", "3"], edited).sample == dataclasses.replace(edited.sample, steps=3)

@@ -496,3 +496,12 @@ def test_looks_broken(rng):
     patches = np.full((16, 1, 28, 28), 0, np.uint8)  # as clothes: large bright shapes
     patches[:, :, 6:22, 7:21] = 240
     assert plots.looks_broken(patches, mean=0.286, std=0.353) is None
+
+
+def test_no_failure_of_a_picture_ends_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Such as a matplotlib that can't be imported."""
+    def broken(path: Path) -> None:
+        raise ImportError("numpy has another ABI")
+
+    written = write_results(tmp_path, {"loss.png": broken, "table.csv": lambda path: path.touch()})
+    assert written == [tmp_path / "table.csv"] and "numpy has another ABI" in capsys.readouterr().out
