@@ -1,6 +1,7 @@
 """Where and how it runs: device, precision, torchrun's processes, stop signals, the clock."""
 
 import contextlib
+import gc
 import getpass
 import os
 import signal
@@ -101,6 +102,7 @@ def start(config: Config) -> Iterator[Runtime]:
         yield runtime
     finally:
         if place.world > 1:
+            gc.collect()  # a DistributedDataParallel in a reference cycle must not outlive its process group
             dist.destroy_process_group()
 
 
