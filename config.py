@@ -31,6 +31,7 @@ Labels = Annotated[str, StringConstraints(pattern="^(none|[0-9]{1,10000})$")]
 Number = Annotated[str, StringConstraints(pattern="^[0-9]{1,64}$")]
 RunName = Annotated[str, StringConstraints(pattern=r"^\w[\w.-]{0,99}$")]
 Device = Annotated[str, StringConstraints(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")]
+Precision = Literal["auto", "fp32", "bf16"]
 PATTERNS = {"digits": "give classes, such as 7 or 0123456789, or none", "write": "give a number of 1 to 64 digits",
             "name": "use up to 100 letters, digits, dots, dashes and underscores, of which the first is no dot or dash",
             "device": "use auto, cpu, mps, cuda or cuda:N"}
@@ -111,7 +112,7 @@ class Config:
     runs: tuple[str, str] | None = None
     seed: Annotated[int, Ge(0), Lt(2**63)] = 0  # every random number follows from it
     device: Device = "auto"  # cuda, cuda:1, mps, cpu, or auto: the first of these that is available
-    precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 on CUDA, fp32 elsewhere
+    precision: Precision = "auto"  # auto: bf16 on GPUs, and in training steps on CPUs that are fast at it; else fp32
     compile: Literal["auto", "on", "off"] = "auto"  # torch.compile, and CUDA graphs; auto: only on CUDA
     model: ModelConfig = field(default_factory=ModelConfig)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)

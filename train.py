@@ -38,7 +38,7 @@ def main(config: Config, runtime: Runtime) -> int:
         if config.train.fresh:
             runtime.on_rank0(lambda: checkpoint.keep_old(folder, results))
         resumes = runtime.on_rank0(lambda: checkpoint.is_there(folder))
-        before = runtime.gather(lambda: resume(state))[runtime.rank] if resumes else None
+        before = runtime.gather(lambda: resume(state, config.precision))[runtime.rank] if resumes else None
         if before is not None and state.progress(config.train) >= 1:
             if runtime.on_rank0(lambda: is_sampled(state)):
                 runtime.say(f"The run {config.name} is finished ({state.effort()}, {state.path}). Sample from it with "

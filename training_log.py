@@ -34,7 +34,7 @@ def announce(state: TrainingState, before: TrainConfig | None) -> None:
     processes = f", {runtime.world} processes" if runtime.world > 1 else ""
     parameters = sum(weight.numel() for weight in state.learner.network.parameters())
     runtime.say(f"Training {name} for {length(options)} on {runtime.name()}{processes}, "
-                f"{'bf16' if runtime.bf16 else 'fp32'}: {parameters / 1e6:.2f} M parameters.")
+                f"{state.config.precision}: {parameters / 1e6:.2f} M parameters.")
     if before is None:
         if runtime.device.type == "cpu" and options.minutes is None:
             runtime.say("The progress bar shows the time remaining; --minutes 10 gives a first result on a CPU.")

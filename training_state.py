@@ -1,7 +1,7 @@
 """The state of a training run: settings, data, learner and progress; how it starts, resumes and is saved."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from config import Config, TrainConfig, UserError, differences, stored, training_settings
 from dataset import LabelledImages, describe
 from support import checkpoint
-from support.runtime import Runtime
+from support.runtime import Runtime, fast_bf16
 from training_step import Learner, code_digests
 
 BAD_STEPS = 20  # steps in a row without a finite loss after which a run stops
@@ -21,7 +21,7 @@ BAD_STEPS = 20  # steps in a row without a finite loss after which a run stops
 class TrainingState:
     """One run. `history` is saved with it: "columns" of metrics.csv, running sums since its last row, seconds, ..."""
 
-    config: Config  # settled: with its name
+    config: Config  # settled: with its name, and fp32 or bf16 as precision
     runtime: Runtime
     train: LabelledImages
     test: LabelledImages
@@ -59,6 +59,8 @@ class TrainingState:
 
 
 def new_state(config: Config, runtime: Runtime, train: LabelledImages, test: LabelledImages) -> TrainingState:
+    """A run at its start; precision auto becomes what this device is fast at."""
+    config = replace(config, precision=runtime.training_precision(config.precision))
     learner = Learner(config, train, runtime)
     history = {"columns": {}, "running": [0.0, 0], "seconds": 0.0, "skipped": 0, "code": code_digests(),
                "data": describe(train, config.dataset), "alpha_bar": learner.schedule.alpha_bar,
@@ -66,9 +68,10 @@ def new_state(config: Config, runtime: Runtime, train: LabelledImages, test: Lab
     return TrainingState(config, runtime, train, test, learner, history)
 
 
-def resume(state: TrainingState) -> TrainConfig:
+def resume(state: TrainingState, precision: str) -> TrainConfig:
     """Fills the state from its checkpoint and returns the options that it was saved with.
 
+    The run goes on in the precision that it began with, also if `precision`, which the user gave, is "auto".
     Raises UserError, before anything is written, if the checkpoint is damaged or not of this same run.
     """
     path, start_over = state.path, "choose another --name, or start over with --fresh, which keeps the old file"
@@ -77,6 +80,11 @@ def resume(state: TrainingState) -> TrainConfig:
         before, assumed = training_settings(saved["config"])
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
+    if before.precision == "auto":  # as the first versions stored it; it was bf16 on GPUs alone
+        gpu = state.runtime.device.type == "cuda" and fast_bf16(state.runtime.device)
+        before = replace(before, precision="bf16" if gpu else "fp32")
+    if precision == "auto":
+        state.config = state.learner.config = replace(state.config, precision=before.precision)
     if changed := differences(stored(before), stored(state.config)):
         older = f"; the file is older than some of these settings ({', '.join(assumed)})" if assumed else ""
         values = "; ".join(f"{name} was {before}, now {now}" for name, before, now in changed)

@@ -58,7 +58,7 @@ class Learner:
         t = stratified_timesteps(schedule.timesteps, options.batch_size, uniform[:1], options.focus, schedule.focus)
         labels = self.images.labels[indices].masked_fill(uniform[1:] < options.label_dropout, NO_LABEL)
         x0 = to_unit(self.images.images[indices[share]])
-        with runtime.autocast():
+        with runtime.autocast(self.config.precision == "bf16"):
             losses = diffusion_loss(self._forward, schedule, x0, labels[share], t[share], noise[share],
                                     options.clip_loss)
         # DistributedDataParallel averages over processes; the shares of the batch may differ by one image.

@@ -45,7 +45,8 @@ class Bench:
 
     def trainee(self, bf16: bool = True, compile: bool = False, batch: int = 64) -> Trainee:
         torch.compiler.reset()  # it gives up after eight networks
-        config = config_of(None, *self.data, "--batch-size", str(batch), *(TINY if self.quick else ()))
+        flags = ("--batch-size", str(batch), "--precision", "bf16" if bf16 else "fp32", *(TINY if self.quick else ()))
+        config = config_of(None, *self.data, *flags)
         return Trainee(config, Runtime(self.device, bf16, compile), self.train, self.test)
 
     def timed(self, work: Callable[[], Any]) -> float:

@@ -63,8 +63,11 @@ RECIPES: dict[str, str] = {
     "blocks 1-1-1": "--blocks 1 1 1",
     "blocks 1-1-2": "--blocks 1 1 2",
     "16-32-96": "--channels 16 32 96",
+    "24-48-64": "--channels 24 48 64",
+    "blocks 1-2-3": "--blocks 1 2 3",
     "attention": "--attention 7",
     "groups 8": "--groups 8",
+    "groups 1": "--groups 1",
     "of 78 epochs": "--channels 16 32 96 --attention 7 --groups 8 --focus 0 --label-dropout 0.1 --weight-decay 0.01",
 }
 
@@ -93,7 +96,8 @@ def train_and_measure(task: tuple[str, int, argparse.Namespace]) -> dict[str, An
                                "ema": state.learner.average.state_dict(), "history": state.history})
     parameters, gflop = count(state.learner.network)
     seen, last = state.step * config.train.batch_size, [loss for loss in losses[-100:] if math.isfinite(loss)]
-    return {"recipe": name, "flags": RECIPES[name], "seconds": options.seconds, "wall": round(wall), "seed": seed,
+    return {"recipe": name, "flags": RECIPES[name], "precision": state.config.precision, "seconds": options.seconds,
+            "wall": round(wall), "seed": seed,
             "steps": state.step, "epochs": round(state.epoch(state.step), 3), "images_per_s": round(seen / seconds, 1),
             "parameters": parameters, "gflop": round(gflop, 4),
             "train_loss": round(sum(last) / max(1, len(last)), 5),

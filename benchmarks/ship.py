@@ -1,11 +1,13 @@
-"""Makes what ships of a finished run: its averaged weights, and the digits of dataset/generated/ sampled from them.
+"""Makes what ships of a finished run: its averaged weights, and digits and a picture for the readme made with them.
 
     python benchmarks/ship.py weights checkpoints/mnist/last.safetensors
     python benchmarks/ship.py digits
+    python benchmarks/ship.py levels
 
 Weights are rounded to half precision (mode evaluate shows whether that costs anything) and hold nothing to train on.
 The digits are 1,000 of each, as four compressed IDX files, the last 1,000 for testing; the MD5s of the unpacked files
-are printed, and belong into GENERATED_MD5 in support/idx.py.
+are printed, and belong into GENERATED_MD5 in support/idx.py. The picture shows x_t and x0_hat at six noise levels. The
+other pictures in results/pretrained/ are those of modes sample and evaluate.
 """
 
 import gzip
@@ -16,15 +18,20 @@ from operator import methodcaller
 from pathlib import Path
 
 import numpy as np
+import torch
 from common import Parser, config_of, run_script
 
 import dataset
-from dataset import to_uint8
+from config import ROOT
+from dataset import to_uint8, to_unit
+from diffusion import add_noise
 from sample import load_checkpoint, make_request, sample_images
-from support import checkpoint, idx, runtime
+from support import checkpoint, idx, plots, runtime
 from support.files import make_folder, write_atomically
+from support.randomness import NOISE_STREAM, generator
 
 COUNT, TEST, SEED = 10_000, 1_000, 1
+LEVELS, DIGIT = (50, 200, 400, 600, 800, 950), 5  # timesteps, and the digit that the picture shows
 
 
 def ship_weights(source: Path) -> None:
@@ -50,14 +57,32 @@ def ship_digits() -> None:
             print(f'"{name}": "{hashlib.md5(content).hexdigest()}",  # {len(packed) / 1e6:.2f} MB packed')
 
 
+def show_levels() -> None:
+    config = config_of(None, "--dataset", "generated")
+    with runtime.start(config) as here:
+        model = load_checkpoint(checkpoint.PRETRAINED, here)
+        digits = dataset.load(config, "test")
+        digit = digits[torch.tensor([int((digits.labels == DIGIT).nonzero()[0])])]
+        x0, denoise = to_unit(digit.images), model.denoiser(digit.labels)
+        noise = torch.randn(x0.shape, generator=generator("cpu", SEED, NOISE_STREAM))
+        rows = []
+        with torch.inference_mode():
+            for t in LEVELS:
+                x_t = add_noise(model.schedule, x0, torch.tensor([t]), noise)
+                rows.append(to_uint8(torch.cat([x_t, denoise(x_t.to(here.device), t).cpu()])))
+    path = ROOT / "results" / "pretrained" / "levels.png"
+    plots.save_process(path, torch.stack(rows).numpy(), LEVELS, {"weights": model.digest})
+    print(path)
+
+
 def main(argv: list[str]) -> None:
     parser = Parser(__doc__)
-    parser.add_argument("what", choices=("weights", "digits"))
+    parser.add_argument("what", choices=("weights", "digits", "levels"))
     parser.add_argument("source", type=Path, nargs="?", help="the run's checkpoint, of which the weights are shipped")
     options = parser.parse(argv)
     if options.what == "weights" and options.source is None:
         parser.error("weights: of which checkpoint?")
-    ship_digits() if options.what == "digits" else ship_weights(options.source)
+    {"weights": lambda: ship_weights(options.source), "digits": ship_digits, "levels": show_levels}[options.what]()
 
 
 if __name__ == "__main__":

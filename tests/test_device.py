@@ -26,7 +26,7 @@ from evaluation.classifier import load_classifier
 from model import UNet
 from optimizer import Muon, update_average
 from support import checkpoint, cuda_graphs, plots
-from support.runtime import Runtime
+from support.runtime import Runtime, make_runtime
 from tests.conftest import TINY, write_set
 from tests.fake_mps import MPS, FakeMps, pretended_mps
 from tests.processes import nothing
@@ -205,6 +205,48 @@ def test_bf16_keeps_the_loss_in_float32() -> None:
     loss.sum().backward()
     assert seen == [torch.bfloat16] and loss.dtype == torch.float32
     assert all(p.dtype == torch.float32 for p in network.parameters())
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_auto_trains_in_bf16_where_the_cpu_is_fast_at_it(fast: bool, monkeypatch: pytest.MonkeyPatch,
+                                                         capsys: pytest.CaptureFixture[str]) -> None:
+    """There, in bfloat16, convolutions and linear layers of the training step alone; all else stays in float32."""
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: fast)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    state = tiny_state(runtime=make_runtime(Config(device="cpu", compile="off")))
+    chosen = "bf16" if fast else "fp32"
+    assert configs.stored(state.config)["precision"] == state.config.precision == chosen
+    training_log.announce(state, None)
+    assert f", {chosen}: " in capsys.readouterr().out.splitlines()[0]
+    seen: dict[str, set[torch.dtype]] = {}
+
+    def watch(layer: nn.Module, _inputs: Any, output: Tensor) -> None:
+        seen.setdefault(type(layer).__name__, set()).add(output.dtype)
+
+    for module in (*state.learner.network.modules(), *state.learner.average.modules()):
+        module.register_forward_hook(watch)
+    step = torch.bfloat16 if fast else torch.float32
+    assert state.learner.step(1, 1e-3).dtype == torch.float32
+    assert seen["Conv2d"] == seen["ConvTranspose2d"] == seen["Linear"] == {step}
+    assert seen["GroupNorm"] == {torch.float32}
+    for part in state.learner.optimizer.parts.values():
+        assert {value.dtype for values in part.state.values() for value in values.values()} == {torch.float32}
+    assert {p.dtype for p in (*state.learner.network.parameters(), *state.learner.average.parameters())} == {
+        torch.float32}
+    for other in (training_log.test_loss, lambda state: sample.sample_images(
+            current_model(state), sample.make_request(current_model(state), configs.SampleConfig(steps=2), 0, 2))):
+        seen.clear()
+        other(state)
+        assert seen["Conv2d"] == seen["Linear"] == seen["GroupNorm"] == {torch.float32}
+
+
+def test_explicit_precision_holds_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    for fast in (False, True):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda fast=fast: fast)
+        for precision in ("fp32", "bf16"):
+            runtime = make_runtime(Config(device="cpu", compile="off", precision=precision))  # type: ignore[arg-type]
+            assert runtime.bf16 == (precision == "bf16")
+            assert tiny_state("--precision", precision, runtime=runtime).config.precision == precision
 
 
 def test_a_compiled_run_learns_the_same(monkeypatch: pytest.MonkeyPatch) -> None:

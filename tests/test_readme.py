@@ -74,6 +74,7 @@ def test_each_idea_can_be_trained_and_sampled_from(changed: Path) -> None:
 
 
 def test_a_new_knob_leaves_the_shipped_weights_as_they_are(changed: Path) -> None:
+    (changed / "checkpoints").mkdir(exist_ok=True)
     shutil.copy(checkpoint.PRETRAINED, changed / "checkpoints")
     flags = ["--mode", "sample", "--checkpoint", "pretrained", "--num-images", "1", "--steps", "2"]
     process = subprocess.run([sys.executable, "run.py", *flags], cwd=changed, capture_output=True, text=True)
