@@ -87,7 +87,7 @@ class Muon(torch.optim.Optimizer):
                 self.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
         gradients = [cast(Tensor, weight.grad) for weight in weights]
         buffers = [self.state[weight]["momentum_buffer"] for weight in weights]
-        old, grads, momenta = (torch.stack([channels_last(each).flatten(1) for each in tensors])
+        old, grads, momenta = (torch.stack([each.permute(0, 2, 3, 1).flatten(1) for each in tensors])
                                for tensors in (weights, gradients, buffers))  # [N, a, k * k * b]
         new_momenta = momenta.lerp(grads, 1 - MOMENTUM)
         change = orthogonalized(grads.lerp(new_momenta, MOMENTUM))
@@ -95,7 +95,7 @@ class Muon(torch.optim.Optimizer):
         new = old * (1 - lr * group["weight_decay"]) - lr * scale * change
         finite = self.found_inf == 0
         results = (*torch.where(finite, new, old), *torch.where(finite, new_momenta, momenta))
-        targets = [channels_last(each) for each in (*weights, *buffers)]
+        targets = [each.permute(0, 2, 3, 1) for each in (*weights, *buffers)]  # [a, k, k, b]
         torch._foreach_copy_(targets, [matrix.view_as(targets[0]) for matrix in results])
 
 
@@ -109,11 +109,6 @@ def orthogonalized(matrices: Tensor) -> Tensor:
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x.mT if tall else x
-
-
-def channels_last(weight: Tensor) -> Tensor:
-    """A view [a, k, k, b] of a convolution's weight [a, b, k, k]."""
-    return weight.permute(0, 2, 3, 1)
 
 
 def learning_rate(options: TrainConfig, step: int, progress: float) -> float:

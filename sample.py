@@ -284,11 +284,9 @@ def main(config: Config, runtime: Runtime) -> None:
 
 def announce(model: LoadedModel, request: SampleRequest) -> None:
     """Prints which weights are sampled from, and how they are guided."""
-    name = model.data.get("name", "unknown images")
+    name, notice = model.data.get("name", "unknown images"), f"\n{NOTICE}"
     model.runtime.say(f"Sampling from {model.path} (trained on {name}, step {model.step:,}, weights {model.digest}) on "
-                      f"{model.runtime.name()}. {request.note}".rstrip())
-    if name == "generated":
-        model.runtime.say(NOTICE)
+                      f"{model.runtime.name()}. {request.note}".rstrip() + notice * (name == "generated"))
 
 
 def write_images(folder: Path, images: Tensor, model: LoadedModel, request: SampleRequest,
@@ -296,11 +294,7 @@ def write_images(folder: Path, images: Tensor, model: LoadedModel, request: Samp
     """Writes pictures and arrays, and returns their paths. Warns if the images don't look like the training images."""
     warn_if_broken(images, model.data)
     options, source = request.options, provenance(model, request)
-
-    def arrays(path: Path) -> None:  # in the convention of OpenAI's evaluators
-        content = images.permute(0, 2, 3, 1).numpy(), request.labels.numpy()
-        write_atomically(path, lambda file: np.savez(file, *content))
-
+    arrays = images.permute(0, 2, 3, 1).numpy(), request.labels.numpy()  # in the convention of OpenAI's evaluators
     # Evenly spaced states, with both ends.
     shown, frames = (np.linspace(0, len(states) - 1, min(len(states), most)).round().astype(int).tolist()
                      for most in (COLUMNS, FRAMES))
@@ -309,7 +303,8 @@ def write_images(folder: Path, images: Tensor, model: LoadedModel, request: Samp
         "sample.png": lambda path: plots.save_grid(path, images, columns, source),
         "process.png": lambda path: plots.save_process(path, states[shown], [request.timesteps[i] for i in shown],
                                                        source),
-        "process.gif": lambda path: plots.save_animation(path, states[frames], source), "samples.npz": arrays}
+        "process.gif": lambda path: plots.save_animation(path, states[frames], source),
+        "samples.npz": lambda path: write_atomically(path, lambda file: np.savez(file, *arrays))}
     if options.write is not None:
         writers = {"number.png": lambda path: plots.save_number(path, images, source)}
     return write_results(folder, writers)

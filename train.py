@@ -40,7 +40,8 @@ def main(config: Config, runtime: Runtime) -> int:
         resumes = runtime.on_rank0(lambda: checkpoint.is_there(folder))
         before = runtime.gather(lambda: resume(state, config.precision))[runtime.rank] if resumes else None
         if before is not None and state.progress(config.train) >= 1:
-            if runtime.on_rank0(lambda: is_sampled(state)):
+            last = results / "samples.npz"  # older than the checkpoint if the run was killed before it sampled
+            if runtime.on_rank0(lambda: last.exists() and last.stat().st_mtime >= state.path.stat().st_mtime):
                 runtime.say(f"The run {config.name} is finished ({state.effort()}, {state.path}). Sample from it with "
                             "--mode sample, extend it with a larger --epochs or --minutes, or start over with --fresh.")
                 return 0
@@ -107,9 +108,3 @@ def step_seconds(seconds: float, durations: deque[float]) -> float:
     usual = median(durations) if seconds > SUSPENDED_SECONDS and durations else seconds
     durations.append(seconds)
     return usual if seconds > SUSPENDED_RATIO * usual else seconds
-
-
-def is_sampled(state: TrainingState) -> bool:
-    """Whether the final images are newer than the checkpoint; the run may have been killed before it made them."""
-    last = state.results / "samples.npz"
-    return last.exists() and last.stat().st_mtime >= state.path.stat().st_mtime

@@ -11,7 +11,7 @@ from torch import Tensor
 from config import Config, TrainConfig, UserError, differences, stored, training_settings
 from dataset import LabelledImages, describe
 from support import checkpoint
-from support.runtime import Runtime, fast_bf16
+from support.runtime import Runtime
 from training_step import Learner, code_digests
 
 BAD_STEPS = 20  # steps in a row without a finite loss after which a run stops
@@ -81,8 +81,8 @@ def resume(state: TrainingState, precision: str) -> TrainConfig:
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     if before.precision == "auto":  # as the first versions stored it; it was bf16 on GPUs alone
-        gpu = state.runtime.device.type == "cuda" and fast_bf16(state.runtime.device)
-        before = replace(before, precision="bf16" if gpu else "fp32")
+        cpu = state.runtime.device.type == "cpu"
+        before = replace(before, precision="fp32" if cpu else state.runtime.training_precision("auto"))
     if precision == "auto":
         state.config = state.learner.config = replace(state.config, precision=before.precision)
     if changed := differences(stored(before), stored(state.config)):
