@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import tyro
 from annotated_types import Ge, Gt, Le, Lt, MultipleOf
 from pydantic import StringConstraints, TypeAdapter, ValidationError
 
@@ -24,14 +25,19 @@ class UserError(Exception):
     """A failure that the user can fix: one line that names the thing, what is wrong with it, and what to do."""
 
 
+UNSET: Any = tyro.conf.arg(help_behavior_hint="")  # no "(default: None)" in --help
 Channels = Annotated[int, Ge(1), Le(4096)]
 Blocks = Annotated[int, Ge(1), Le(64)]
 Share = Annotated[float, Ge(0), Le(1)]
-Labels = Annotated[str, StringConstraints(pattern="^(none|[0-9]{1,10000})$")]
-Number = Annotated[str, StringConstraints(pattern="^[0-9]{1,64}$")]
-RunName = Annotated[str, StringConstraints(pattern=r"^\w[\w.-]{0,99}$")]
+Labels = Annotated[Annotated[str, StringConstraints(pattern="^(none|[0-9]{1,10000})$")] | None, UNSET]
+Number = Annotated[Annotated[str, StringConstraints(pattern="^[0-9]{1,64}$")] | None, UNSET]
+RunName = Annotated[Annotated[str, StringConstraints(pattern=r"^\w[\w.-]{0,99}$")] | None, UNSET]
+OptionalPath = Annotated[Path | None, UNSET]
 Device = Annotated[str, StringConstraints(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")]
 Precision = Literal["auto", "fp32", "bf16"]
+EXAMPLES = """examples:
+  python run.py --minutes 10 --name mine               trains for ten minutes, then samples
+  python run.py --mode sample --digits 7 --guidance 2  samples sevens from your run, or from the shipped weights"""
 PATTERNS = {"digits": "give classes, such as 7 or 0123456789, or none", "write": "give a number of 1 to 64 digits",
             "name": "use up to 100 letters, digits, dots, dashes and underscores, of which the first is no dot or dash",
             "device": "use auto, cpu, mps, cuda or cuda:N"}
@@ -39,11 +45,11 @@ PATTERNS = {"digits": "give classes, such as 7 or 0123456789, or none", "write":
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """model: the U-Net, whose stages are named by their resolution: 28, 14 and 7 pixels"""
+    """For mode train (else the checkpoint has them): the U-Net, with stages at 28, 14 and 7 pixels."""
 
     channels: tuple[Channels, Channels, Channels] = (16, 32, 64)  # channels at 28, 14 and 7 pixels
     blocks: tuple[Blocks, Blocks, Blocks] = (1, 2, 2)  # residual blocks per stage, on each of the ways down and up
-    attention: tuple[Literal[28, 14, 7], ...] = ()  # resolutions with self-attention; empty: no attention
+    attention: Annotated[tuple[Literal[28, 14, 7], ...], UNSET] = ()  # resolutions with self-attention; unset: none
     embedding: Annotated[int, Ge(2), Le(65536), MultipleOf(2)] = 128  # width of the embedding of time and label
     groups: Annotated[int, Ge(1), Le(4096)] = 4  # groups of each GroupNorm; has to divide every channel count
     dropout: Annotated[float, Ge(0), Lt(1)] = 0.0  # share of activations dropped inside residual blocks
@@ -51,7 +57,7 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class DiffusionConfig:
-    """diffusion: the noise schedule, what the network predicts, and how the loss is weighted"""
+    """For mode train (else the checkpoint has them): the noise schedule, the prediction target and the loss."""
 
     timesteps: Annotated[int, Ge(2), Le(100_000)] = 1000  # T: number of noise levels
     schedule: Literal["cosine", "linear"] = "cosine"  # cosine (arXiv 2102.09672) or linear (2006.11239)
@@ -61,10 +67,10 @@ class DiffusionConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """train: the length of a run and how the weights are learned"""
+    """For mode train: the length of a run and how the weights are learned."""
 
     epochs: Annotated[int, Ge(1), Le(10**7)] = 100  # passes over the training images
-    minutes: Annotated[float, Gt(0), Le(10**6)] | None = None  # minutes of training steps, in place of epochs
+    minutes: Annotated[float | None, Gt(0), Le(10**6), UNSET] = None  # minutes of training steps, in place of epochs
     batch_size: Annotated[int, Ge(1), Le(10**5)] = 64  # images per step, over all processes together
     lr: Annotated[float, Gt(0), Le(10)] = 2e-3  # peak learning rate
     lr_schedule: Literal["linear", "cosine", "constant"] = "linear"  # decay to zero after the warm-up, or none
@@ -74,8 +80,7 @@ class TrainConfig:
     grad_clip: Annotated[float, Gt(0)] = 1.0  # largest norm of the gradient; inf: no clipping
     ema: Annotated[float, Ge(0), Lt(1)] = 0.999  # decay of the averaged weights per step, warmed up; 0: no averaging
     clip_loss: bool = True  # no loss where the predicted x0 overshoots black or white
-    # Share of each batch at the noise levels that decide the shape, alpha_bar 0.1 to 0.65; the rest at all levels.
-    focus: Annotated[float, Ge(0), Lt(1)] = 0.7
+    focus: Annotated[float, Ge(0), Lt(1)] = 0.7  # share of a batch where the shape is decided, alpha_bar 0.1 to 0.65
     label_dropout: Share = 0.05  # share of images trained without their label
     preview: Annotated[int, Ge(0), Le(1024)] = 64  # images in each preview grid during training; 0: none
     fresh: bool = False  # start over; the old checkpoint is kept under another name
@@ -84,9 +89,9 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class SampleConfig:
-    """sample: how images are sampled (also by train at its end, evaluate and compare)"""
+    """For modes sample, evaluate and compare, and for train at its end: how images are sampled."""
 
-    num_images: Annotated[int, Ge(1), Le(10**6)] | None = None  # unset: 256, or 10000 where they are measured
+    num_images: Annotated[int | None, Ge(1), Le(10**6), UNSET] = None  # unset: 256, or 10000 where they are measured
     sampler: Literal["ddpm", "ddim", "dpmpp", "sa"] = "sa"  # reverse process
     steps: Annotated[int, Ge(1), Le(100_000)] = 13  # one network evaluation each, two where guided
     spacing: Literal["trailing", "eased"] = "eased"  # of the timesteps: even, or closer together at both ends
@@ -94,9 +99,9 @@ class SampleConfig:
     variance: Literal["posterior", "upper"] = "posterior"  # ddpm: beta-tilde or beta (2006.11239, section 3.2)
     guidance: Annotated[float, Ge(0), Le(100)] = 1.7  # x0 = free + guidance * (labelled - free) (2207.12598); 1: off
     guidance_interval: tuple[Share, Share] = (0.34, 0.57)  # of alpha_bar, where guided (2404.07724); 0 1: everywhere
-    digits: Labels | None = None  # classes to sample, cycled ("7", "0123456789"), or none; unset: all, equally often
-    write: Number | None = None  # a number, such as 20261123, written in one row of digits to number.png
-    checkpoint: Path | None = None  # file to sample from, or pretrained; unset: your own run, else the shipped weights
+    digits: Labels = None  # classes to sample, cycled ("7", "0123456789"), or none; unset: all, equally often
+    write: Number = None  # a number, such as 20261123, written in one row of digits to number.png
+    checkpoint: OptionalPath = None  # file to sample from, or pretrained; unset: your own run, else the shipped weights
 
 
 @dataclass(frozen=True)
@@ -104,12 +109,12 @@ class Config:
     """Train a small diffusion model of handwritten digits, sample from it, and measure it."""
 
     mode: Literal["train", "sample", "evaluate", "compare"] = "train"  # what `python run.py` does
-    name: RunName | None = None  # name of the run, in checkpoints/ and results/; unset: the data set's name
+    name: RunName = None  # name of the run, in checkpoints/ and results/; unset: the data set's name
     # auto: the checkpoint's data set, else mnist, or offline the generated digits; idx: four files in --data-dir
     dataset: Literal["auto", "mnist", "fashion-mnist", "kmnist", "generated", "idx"] = "auto"
-    data_dir: Path | None = None  # folder of mnist/MNIST/raw and others, or of IDX files; unset: dataset/
+    data_dir: OptionalPath = None  # folder of mnist/MNIST/raw and others, or of IDX files; unset: dataset/
     # compare: its sides, each a run's name, a checkpoint, pretrained, or runs a,b,c; with sampling flags, in quotes
-    runs: tuple[str, str] | None = None
+    runs: Annotated[tuple[str, str] | None, tyro.conf.arg(metavar="A B", help_behavior_hint="")] = None
     seed: Annotated[int, Ge(0), Lt(2**63)] = 0  # every random number follows from it
     device: Device = "auto"  # cuda, cuda:1, mps, cpu, or auto: the first of these that is available
     precision: Precision = "auto"  # auto: bf16 on GPUs, and in training steps on CPUs that are fast at it; else fp32
@@ -144,15 +149,14 @@ def parse(argv: list[str], defaults: Config | None = None) -> Config:
 
     Raises UserError for a bad flag and for one that the mode does not use, SystemExit(0) after --help.
     """
-    import tyro
-
     box = io.StringIO()
     try:
         with contextlib.redirect_stderr(box):
-            config = tyro.cli(tyro.conf.OmitArgPrefixes[Config], args=argv, prog="run.py", description=Config.__doc__,
-                              default=defaults or Config())
+            config = tyro.cli(tyro.conf.OmitArgPrefixes[tyro.conf.DisallowNone[Config]], args=argv, prog="run.py",
+                              description=Config.__doc__, default=defaults or Config())
     except SystemExit as stop:
         if stop.code == 0:  # --help
+            print(EXAMPLES)
             raise
         raise UserError(_one_line(box.getvalue())) from None
     names = given(argv)

@@ -89,9 +89,9 @@ def _permutation(seed: int, epoch: int, n: int, device: torch.device | str) -> T
 def settle(config: Config, runtime: Runtime) -> Config:
     """The config with its checkpoint, name and data set decided, which is the first step of every mode.
 
-    In modes sample and evaluate, `sample.checkpoint` becomes a file (see `checkpoint.find`). Unless --dataset is given,
-    the data set is the checkpoint's own; for a new run it is MNIST or, where MNIST is unavailable and no --data-dir was
-    given, the generated digits. Raises UserError for a run that does not exist and for unavailable data.
+    In modes sample and evaluate, `sample.checkpoint` becomes a file. Unless --dataset is given, the data set is the
+    checkpoint's own; for a new run it is MNIST or, where MNIST is unavailable and no --data-dir was given, generated
+    digits. Raises UserError for a run that does not exist and for unavailable data.
     """
     path = None
     if config.mode in ("sample", "evaluate"):

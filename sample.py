@@ -177,8 +177,7 @@ def make_request(model: LoadedModel, options: SampleConfig, seed: int, count: in
 def choose_labels(digits: str | None, seed: int, indices: Sequence[int], classes: Sequence[int]) -> Tensor:
     """Labels int64 [N] of the images with these indices: `digits` cycled over the indices, or 10 for "none".
 
-    Unset: each block of 10 indices per class has each of the `classes` 10 times, in an order that follows from
-    (seed, block).
+    Unset: each block of 10 indices per class has each of the `classes` 10 times, shuffled by (seed, block).
     """
     if digits == "none":
         return torch.full((len(indices),), NO_LABEL)

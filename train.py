@@ -18,8 +18,7 @@ from support.runtime import Runtime, stop_signals
 from training_log import announce, current_model, log_number, log_point, preview_number
 from training_state import TrainingState, new_state, read_losses, resume, save
 
-SAVE_SECONDS = 30.0  # between checkpoints; what a killed run loses
-READ_SECONDS = 1.0  # between reads of the losses, for which the host waits
+SAVE_SECONDS, READ_SECONDS = 30.0, 1.0  # between checkpoints, and between reads of the losses, which wait
 SUSPENDED_SECONDS, SUSPENDED_RATIO = 10.0, 20.0  # a step longer than both, the second times the median, was suspended
 
 
@@ -48,8 +47,8 @@ def main(config: Config, runtime: Runtime) -> int:
         else:
             announce(state, before)
             if signal_number := train(state):
-                again = "the same command again" + (" without --fresh" if config.train.fresh else "")
-                runtime.say(f"Stopped after step {state.step:,}; saved in {state.path}. Run {again} to resume.")
+                runtime.say(f"Stopped after step {state.step:,}; saved in {state.path}. Run the same command again"
+                            f"{' without --fresh' * config.train.fresh} to resume.")
                 return 128 + signal_number
     runtime.say(f"Training is finished ({state.effort()}).")
     for path in (results / "loss.png", results / "metrics.csv", state.path):

@@ -23,18 +23,16 @@ from support.files import write_atomically, write_results
 from support.randomness import TEST_STREAM, generator
 from training_state import TrainingState
 
-TEST_IMAGES = 1000  # in the test loss, with fixed noise
-LEVELS = 10  # bins of t in the loss by noise level
-PREVIEW_STEPS = 10
+TEST_IMAGES, LEVELS, PREVIEW_STEPS = 1000, 10, 10  # images of the test loss, its bins of t, steps to a preview
 
 
 def announce(state: TrainingState, before: TrainConfig | None) -> None:
     """Prints what will be trained; `before`: the options with which a resumed run was saved."""
     options, runtime, name = state.config.train, state.runtime, state.config.name
-    processes = f", {runtime.world} processes" if runtime.world > 1 else ""
     parameters = sum(weight.numel() for weight in state.learner.network.parameters())
-    runtime.say(f"Training {name} for {length(options)} on {runtime.name()}{processes}, "
-                f"{state.config.precision}: {parameters / 1e6:.2f} M parameters.")
+    runtime.say(f"Training {name} for {length(options)} on {runtime.name()}"
+                f"{f', {runtime.world} processes' * (runtime.world > 1)}, {state.config.precision}: "
+                f"{parameters / 1e6:.2f} M parameters.")
     if before is None:
         if runtime.device.type == "cpu" and options.minutes is None:
             runtime.say("The progress bar shows the time remaining; --minutes 10 gives a first result on a CPU.")
@@ -48,7 +46,7 @@ def announce(state: TrainingState, before: TrainConfig | None) -> None:
 
 
 def length(options: TrainConfig) -> str:
-    number, unit = (options.epochs, "epoch") if options.minutes is None else (options.minutes, "minute")
+    number, unit = (options.minutes, "minute") if options.minutes else (options.epochs, "epoch")
     return f"{number:g} {unit}{'s' * (number != 1)}"
 
 

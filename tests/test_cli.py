@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -156,6 +157,13 @@ def test_help_lists_every_field_with_its_default() -> None:
         for field in dataclasses.fields(group):
             if not dataclasses.is_dataclass(field.type) and field.default is not dataclasses.MISSING:
                 assert f"--{field.name.replace('_', '-')}" in process.stdout
+    for unclear in ("None", "(default: )", "{STR"):
+        assert unclear not in process.stdout
+    assert len(re.findall("For modes? (train|sample)", process.stdout)) == len(configs.GROUPS)
+    examples = re.findall("^  python run.py (.*?)  ", process.stdout.split("examples:")[1], re.MULTILINE)
+    assert len(examples) == 2
+    for example in examples:
+        configs.parse(example.split())
 
 
 def test_flags_override_defaults_and_keep_the_rest() -> None:
