@@ -1,4 +1,4 @@
-"""The GPU table: what this project does on a GPU, every row of it, in under eight minutes and without a network.
+"""The GPU table: what this project does on a GPU, every row of it, in a few minutes and without a network.
 
     python benchmarks/gpu.py --data-dir FOLDER
     python benchmarks/gpu.py --device cpu --quick        (tries the script itself where there is no GPU)
@@ -10,13 +10,11 @@ and its exit status is 2.
 import itertools
 import json
 import signal
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -105,27 +103,6 @@ def sampling(bench: Bench, graph: bool) -> str:
     return f"{1000 * bench.timed(lambda: trainee.sample(count, steps=steps)):,.0f} ms for {count} images"
 
 
-def previews(bench: Bench) -> str:
-    """A captured graph has to see the weights as they are when it is replayed."""
-    trainee = bench.trainee(compile=True)
-    for _ in range(2):
-        trainee.sample(8, steps=3)
-        for _ in range(5):
-            trainee.step(0.1)
-    replayed = trainee.sample(8, steps=3)[0].int()
-    trainee.state.runtime = replace(trainee.state.runtime, compile=False)
-    return f"at most {(replayed - trainee.sample(8, steps=3)[0].int()).abs().max().item()} grey levels apart"
-
-
-def losses(bench: Bench) -> str:
-    """bf16 against fp32, over the same batches."""
-    count, last = 6 if bench.quick else 300, []
-    for bf16 in (True, False):
-        trainee = bench.trainee(bf16)
-        last.append(statistics.mean(torch.stack([trainee.step(0.1) for _ in range(count)]).tolist()[-count // 3:]))
-    return f"{last[0]:.4f} and {last[1]:.4f} in the last third of {count} steps"
-
-
 def devices(bench: Bench, bf16: bool) -> str:
     """The shipped weights, the same seeds, here and on the CPU: pixels that are not 0 in both."""
     images = []
@@ -139,9 +116,9 @@ def devices(bench: Bench, bf16: bool) -> str:
     return f"{share:.2%} of the pixels that are not black within a grey level"
 
 
-def run(folder: str, *flags: str, launcher: tuple[str, ...] = (), wait: bool = True) -> Any:
+def run(folder: str, *flags: str, wait: bool = True) -> Any:
     """run.py in a process of its own in that folder; raises RuntimeError with its last line if it fails."""
-    process = subprocess.Popen([sys.executable, *launcher, str(ROOT / "run.py"), *flags], cwd=folder, text=True,
+    process = subprocess.Popen([sys.executable, str(ROOT / "run.py"), *flags], cwd=folder, text=True,
                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     output = process.communicate()[0] if wait else ""
     if wait and process.returncode != 0:
@@ -173,18 +150,6 @@ def resume(bench: Bench) -> str:
             + (f"weights at most {apart:.1g} apart" if apart else "the same bits"))
 
 
-def two_cards(bench: Bench) -> str:
-    if not bench.cuda or torch.cuda.device_count() < 2:
-        return "not tried: there are no two cards"
-    with tempfile.TemporaryDirectory() as folder:
-        flags = ["--dataset", "generated", "--preview", "0", "--epochs", "1", "--num-images", "1"]
-        run(folder, *flags, "--name", "one", "--device", "cuda:0")
-        run(folder, *flags, "--name", "two",
-            launcher=("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"))
-        ends = [trained(folder, name)["history"]["columns"]["test_loss"][-1] for name in ("one", "two")]
-    return f"test loss {ends[1]:.4f}, with one card {ends[0]:.4f}"
-
-
 def main(argv: list[str]) -> None:
     parser = Parser(__doc__, "--data-dir")
     parser.add_argument("--device", default="cuda")
@@ -209,10 +174,8 @@ def fill_table(bench: Bench) -> None:
              "peak memory": lambda _: f"{torch.cuda.max_memory_allocated() / 2**30:.2f} GiB" if bench.cuda else "-",
              "sampling, captured graph": partial(sampling, graph=True),
              "sampling, without it": partial(sampling, graph=False),
-             "previews in training": previews, "loss in bf16 and fp32": losses,
              "the CPU's images, fp32 (TF32)": partial(devices, bf16=False),
-             "the CPU's images, bf16": partial(devices, bf16=True), "stop and resume": resume,
-             "two cards, NCCL": two_cards}
+             "the CPU's images, bf16": partial(devices, bf16=True), "stop and resume": resume}
     said: dict[str, str] = {}
     began = time.perf_counter()
     for name, work in rows.items():

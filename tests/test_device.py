@@ -272,7 +272,8 @@ def test_a_gpu_learns_and_samples_the_same_in_graphs(flags: tuple[str, ...], gra
                                                      monkeypatch: pytest.MonkeyPatch) -> None:
     """As launched one by one; with dropout, which a compiler has its own numbers for, as in other graphs."""
     cuda = torch.device("cuda", 0)
-    one, other = (tiny_state(*flags, runtime=Runtime(cuda, bf16=False, compile=compile)) for compile in (graphs, True))
+    one, other = (tiny_state("--precision", "fp32", *flags, runtime=Runtime(cuda, bf16=False, compile=compile))
+                  for compile in (graphs, True))
     for step in range(20):
         losses = [state.learner.step(step, lr=1e-3).item() for state in (one, other)]
         assert losses[0] == pytest.approx(losses[1], abs=1e-3), step
