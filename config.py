@@ -135,10 +135,10 @@ LEGACY = {"model": {}, "diffusion": {}, "train": {"clip_loss": False, "focus": 0
 FREE = ("epochs", "minutes", "preview", "fresh", "same_code")  # may differ when a run is continued
 SAMPLING = ("sampler", "steps", "spacing", "eta", "variance", "guidance", "guidance_interval")  # sampling options
 RESERVED = ("pretrained", "shipped", "compare", "classifiers")  # folders of the project, not names for runs
-EXCLUSIVE = (("name", "checkpoint"), ("digits", "write"), ("num_images", "write"))  # flags of which one decides
+EXCLUSIVE = (("name", "checkpoint"), ("digits", "write"), ("num_images", "write"), ("epochs", "minutes"))  # one decides
 # Knobs whose edited defaults yield, to these values, if one of these flags is given.
 YIELDING = (("checkpoint", None, ("name", "dataset")), ("write", None, ("digits", "num_images")),
-            ("eta", 0.0, ("sampler",)), ("variance", "posterior", ("sampler",)))
+            ("eta", 0.0, ("sampler",)), ("variance", "posterior", ("sampler",)), ("minutes", None, ("epochs",)))
 # The modes that use a knob, or all knobs of a group; what is not listed, all modes use.
 USED_BY = {"model": ("train",), "diffusion": ("train",), "train": ("train",), "runs": ("compare",),
            "name": ("train", "sample", "evaluate"), "write": ("sample",), "checkpoint": ("sample", "evaluate")}
@@ -170,7 +170,9 @@ def parse(argv: list[str], defaults: Config | None = None) -> Config:
                    f"it is for --mode {' and '.join(modes)}")
             raise UserError(f"{_flag(name)}: --mode {config.mode} does not use it, since {why}; leave it out")
     yielding: Any = {name: value for name, value, flags in YIELDING if name not in names and set(names) & set(flags)}
-    return validate(dataclasses.replace(config, sample=dataclasses.replace(config.sample, **yielding)))
+    parts = {group: dataclasses.replace(getattr(config, group), **{
+        name: value for name, value in yielding.items() if KNOBS[name] == group}) for group in GROUPS}
+    return validate(dataclasses.replace(config, **parts))
 
 
 def given(argv: list[str]) -> list[str]:

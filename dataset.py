@@ -153,8 +153,7 @@ def load(config: Config, split: str) -> LabelledImages:
     name, digests, advice = config.dataset, idx.GENERATED_MD5, "get it again from the project's repository"
     folder = GENERATED
     if name == "idx":
-        folder, digests = data_folder(config, name), {}
-        advice = "replace it, or choose another --data-dir"
+        folder, digests, advice = data_folder(config, name), {}, "replace it, or choose another --data-dir"
         if os.path.isdir(folder / "MNIST" / "raw"):
             folder = folder / "MNIST" / "raw"
     elif name in SOURCES:

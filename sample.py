@@ -147,13 +147,14 @@ def make_request(model: LoadedModel, options: SampleConfig, seed: int, count: in
     """
     timesteps = spaced_timesteps(model.schedule.timesteps, options.steps, options.spacing)
     digits = "none" if model.label_dropout == 1 and options.digits is None else options.digits
+    flag = "--digits" if options.write is None else "--write"
     if unlearned := sorted({int(digit) for digit in digits or "" if digits != "none"} - set(model.classes)):
-        raise UserError(f"--digits {digits}: this network was not trained on class "
+        raise UserError(f"{flag} {digits}: this network was not trained on class "
                         f"{', '.join(map(str, unlearned))}; choose from {''.join(map(str, model.classes))}")
     if model.label_dropout == (0 if digits == "none" else 1):
         knows = "images only with their labels" if digits == "none" else "no labels"
-        raise UserError(f"--digits {digits}: this network was trained with --label-dropout {model.label_dropout:g}, so "
-                        f"it knows {knows}; leave --digits out")
+        raise UserError(f"{flag} {digits}: this network was trained with --label-dropout {model.label_dropout:g}, so "
+                        f"it knows {knows}; leave it out")
     labels = choose_labels(digits, seed, range(count), model.classes)
     guidance, interval, guided, note = options.guidance, options.guidance_interval, 0, ""
     if guidance != 1 and (digits == "none" or model.label_dropout == 0):

@@ -134,6 +134,6 @@ def shipped_losses(config: Config) -> dict[str, Any] | None:
     except UserError:
         return None
     history = shipped["history"]
-    same = (theirs.diffusion, theirs.train.clip_loss) == (config.diffusion, config.train.clip_loss)
-    same_images = history.get("data", {}).get("name") == config.dataset and "test_images" in history
-    return history.get("columns") if same and same_images else None
+    same_loss = (theirs.diffusion, theirs.train.clip_loss) == (config.diffusion, config.train.clip_loss)
+    same_images = history.get("data", {}).get("name") == config.dataset
+    return history.get("columns") if same_loss and same_images else None

@@ -63,8 +63,7 @@ def new_state(config: Config, runtime: Runtime, train: LabelledImages, test: Lab
     config = replace(config, precision=runtime.training_precision(config.precision))
     learner = Learner(config, train, runtime)
     history = {"columns": {}, "running": [0.0, 0], "seconds": 0.0, "skipped": 0, "code": code_digests(),
-               "data": describe(train, config.dataset), "alpha_bar": learner.schedule.alpha_bar,
-               "test_images": "evenly spaced"}
+               "data": describe(train, config.dataset), "alpha_bar": learner.schedule.alpha_bar}
     return TrainingState(config, runtime, train, test, learner, history)
 
 
@@ -92,8 +91,7 @@ def resume(state: TrainingState, precision: str) -> TrainConfig:
     if saved["model"] is None or saved["optimizer"] is None:
         raise UserError(f"{path} holds only averaged weights, so it can't be trained on: {start_over}")
     history = saved["history"]
-    if any(type(history.get(name)) is not type(value) for name, value in state.history.items()
-           if name != "test_images"):  # the first runs lack it
+    if any(type(history.get(name)) is not type(value) for name, value in state.history.items()):
         raise UserError(f"{path}: its history is not as this version writes it: {start_over}")
     theirs, ours = ((data.get("images"), data.get("digest")) for data in (history["data"], state.history["data"]))
     if theirs != ours:

@@ -16,7 +16,7 @@ import torch
 
 import config as configs
 import dataset
-from config import Config, SampleConfig, UserError
+from config import Config, SampleConfig, TrainConfig, UserError
 from run import main
 from sample import load_checkpoint, make_request, sample_images
 from support import checkpoint, idx
@@ -449,10 +449,10 @@ def test_mnist_is_looked_for_here_and_then_beside_the_code(own_folder: Path, mon
 @pytest.mark.parametrize("flags", [
     ["--name", "mine", "--checkpoint", "pretrained"], ["--write", "12", "--digits", "7"],
     ["--write", "12", "--num-images", "9"], ["--guidance", "1", "--guidance-interval", "0", "1"],
-    ["--digits", "none", "--guidance-interval", "0", "1"]])
+    ["--digits", "none", "--guidance-interval", "0", "1"], ["--minutes", "5", "--epochs", "3"]])
 def test_a_flag_that_another_one_makes_useless_is_refused(flags: list[str]) -> None:
     with pytest.raises(UserError, match="leave"):
-        configs.parse(["--mode", "sample", *flags])
+        configs.parse(["--mode", "train" if "--epochs" in flags else "sample", *flags])
 
 
 def test_an_edited_default_yields_to_a_flag() -> None:
@@ -461,4 +461,7 @@ def test_an_edited_default_yields_to_a_flag() -> None:
     assert configs.parse(["--name", "mine"], edited).sample.checkpoint is None
     assert configs.parse(["--digits", "7"], edited).sample.write is None
     assert configs.parse(["--sampler", "sa"], edited).sample.eta == 0
+    timed = Config(train=TrainConfig(minutes=5))
+    assert configs.parse(["--epochs", "3"], timed).train == TrainConfig(epochs=3)
+    assert configs.parse([], timed).train.minutes == 5
     assert configs.parse(["--steps", "3"], edited).sample == dataclasses.replace(edited.sample, steps=3)

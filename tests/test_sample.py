@@ -232,6 +232,9 @@ def test_labels_that_nobody_learned_are_refused(network, schedule, dropout, coun
     with pytest.raises(UserError, match=problem) as caught:
         make_request(model, replace(OPTIONS, digits=digits), 0, 4)
     assert str(caught.value).startswith(f"--digits {digits}: ")
+    if digits != "none":
+        with pytest.raises(UserError, match=f"^--write {digits}: .*{problem}"):
+            make_request(model, replace(OPTIONS, digits=digits, write=digits), 0, 4)
     with pytest.raises(UserError, match=problem):
         model.sample(None if digits == "none" else digits, steps=3)
 
