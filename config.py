@@ -36,19 +36,19 @@ OptionalPath = Annotated[Path | None, UNSET]
 Device = Annotated[str, StringConstraints(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")]
 Precision = Literal["auto", "fp32", "bf16"]
 EXAMPLES = """examples:
-  python run.py --minutes 10 --name mine               trains for ten minutes, then samples
-  python run.py --mode sample --digits 7 --guidance 2  samples sevens from your run, or from the shipped weights"""
+  python run.py --minutes 10 --name mine              trains for ten minutes, then samples
+  python run.py --mode sample --name mine --digits 7  samples 256 sevens from that run"""
 PATTERNS = {"digits": "give classes, such as 7 or 0123456789, or none", "write": "give a number of 1 to 64 digits",
-            "name": "use up to 100 letters, digits, dots, dashes and underscores, of which the first is no dot or dash",
+            "name": "use up to 100 letters, digits, dots, dashes and underscores, not starting with a dot or dash",
             "device": "use auto, cpu, mps, cuda or cuda:N"}
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """For mode train (else the checkpoint has them): the U-Net, with stages at 28, 14 and 7 pixels."""
+    """For mode train (other modes take them from the checkpoint): the U-Net, with stages at 28, 14 and 7 pixels."""
 
     channels: tuple[Channels, Channels, Channels] = (16, 32, 64)  # channels at 28, 14 and 7 pixels
-    blocks: tuple[Blocks, Blocks, Blocks] = (1, 2, 2)  # residual blocks per stage, on each of the ways down and up
+    blocks: tuple[Blocks, Blocks, Blocks] = (1, 2, 2)  # residual blocks per stage, down and again up
     attention: Annotated[tuple[Literal[28, 14, 7], ...], UNSET] = ()  # resolutions with self-attention; unset: none
     embedding: Annotated[int, Ge(2), Le(65536), MultipleOf(2)] = 128  # width of the embedding of time and label
     groups: Annotated[int, Ge(1), Le(4096)] = 4  # groups of each GroupNorm; has to divide every channel count
@@ -57,12 +57,12 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class DiffusionConfig:
-    """For mode train (else the checkpoint has them): the noise schedule, the prediction target and the loss."""
+    """For mode train (other modes take them from the checkpoint): noise schedule, prediction target and loss."""
 
     timesteps: Annotated[int, Ge(2), Le(100_000)] = 1000  # T: number of noise levels
     schedule: Literal["cosine", "linear"] = "cosine"  # cosine (arXiv 2102.09672) or linear (2006.11239)
     prediction: Literal["v", "noise", "x0"] = "v"  # what the network predicts
-    weighting: Literal["none", "min-snr", "snr"] = "none"  # weight of the squared error
+    weighting: Literal["none", "min-snr", "snr"] = "none"  # x0's error times SNR or min(SNR, 5); none: plain
 
 
 @dataclass(frozen=True)
@@ -73,17 +73,17 @@ class TrainConfig:
     minutes: Annotated[float | None, Gt(0), Le(10**6), UNSET] = None  # minutes of training steps, in place of epochs
     batch_size: Annotated[int, Ge(1), Le(10**5)] = 64  # images per step, over all processes together
     lr: Annotated[float, Gt(0), Le(10)] = 2e-3  # peak learning rate
-    lr_schedule: Literal["linear", "cosine", "constant"] = "linear"  # decay to zero after the warm-up, or none
+    lr_schedule: Literal["linear", "cosine", "constant"] = "linear"  # decay to zero over the run, or none
     warmup: Annotated[int, Ge(0), Le(10**7)] = 100  # steps over which the learning rate rises from zero
-    optimizer: Literal["muon", "adamw"] = "muon"  # muon: Muon for weight matrices, AdamW for the rest
+    optimizer: Literal["muon", "adamw"] = "muon"  # muon: Muon for inner convolutions, AdamW for the rest
     weight_decay: Annotated[float, Ge(0), Le(10)] = 0.05  # decoupled weight decay, times the learning rate
     grad_clip: Annotated[float, Gt(0)] = 1.0  # largest norm of the gradient; inf: no clipping
     ema: Annotated[float, Ge(0), Lt(1)] = 0.999  # decay of the averaged weights per step, warmed up; 0: no averaging
     clip_loss: bool = True  # no loss where the predicted x0 overshoots black or white
-    focus: Annotated[float, Ge(0), Lt(1)] = 0.7  # share of a batch where the shape is decided, alpha_bar 0.1 to 0.65
+    focus: Annotated[float, Ge(0), Lt(1)] = 0.7  # share of a batch drawn from alpha_bar 0.1 to 0.65
     label_dropout: Share = 0.05  # share of images trained without their label
     preview: Annotated[int, Ge(0), Le(1024)] = 64  # images in each preview grid during training; 0: none
-    fresh: bool = False  # start over; the old checkpoint is kept under another name
+    fresh: bool = False  # start over; old checkpoints and results are kept in old1/, old2/, ...
     same_code: bool = False  # continue a run although the code changed: safe for comments and renames
 
 
@@ -91,17 +91,17 @@ class TrainConfig:
 class SampleConfig:
     """For modes sample, evaluate and compare, and for train at its end: how images are sampled."""
 
-    num_images: Annotated[int | None, Ge(1), Le(10**6), UNSET] = None  # unset: 256, or 10000 where they are measured
-    sampler: Literal["ddpm", "ddim", "dpmpp", "sa"] = "sa"  # reverse process
-    steps: Annotated[int, Ge(1), Le(100_000)] = 13  # one network evaluation each, two where guided
+    num_images: Annotated[int | None, Ge(1), Le(10**6), UNSET] = None  # unset: 256; to measure: up to 10000
+    sampler: Literal["ddpm", "ddim", "dpmpp", "sa"] = "sa"  # DDPM, DDIM, DPM-Solver++ or SA-Solver
+    steps: Annotated[int, Ge(1), Le(100_000)] = 13  # sampling steps; one network evaluation each, two where guided
     spacing: Literal["trailing", "eased"] = "eased"  # of the timesteps: even, or closer together at both ends
     eta: Share = 0.0  # ddim: noise added in each step, 0 (none) to 1 (as ddpm)
     variance: Literal["posterior", "upper"] = "posterior"  # ddpm: beta-tilde or beta (2006.11239, section 3.2)
     guidance: Annotated[float, Ge(0), Le(100)] = 1.7  # x0 = free + guidance * (labelled - free) (2207.12598); 1: off
-    guidance_interval: tuple[Share, Share] = (0.34, 0.57)  # of alpha_bar, where guided (2404.07724); 0 1: everywhere
+    guidance_interval: tuple[Share, Share] = (0.34, 0.57)  # alpha_bar where guidance acts (2404.07724); 0 1: all
     digits: Labels = None  # classes to sample, cycled ("7", "0123456789"), or none; unset: all, equally often
     write: Number = None  # a number, such as 20261123, written in one row of digits to number.png
-    checkpoint: OptionalPath = None  # file to sample from, or pretrained; unset: your own run, else the shipped weights
+    checkpoint: OptionalPath = None  # file to sample from, or pretrained; unset: the run mnist, else pretrained
 
 
 @dataclass(frozen=True)
@@ -109,11 +109,11 @@ class Config:
     """Train a small diffusion model of handwritten digits, sample from it, and measure it."""
 
     mode: Literal["train", "sample", "evaluate", "compare"] = "train"  # what `python run.py` does
-    name: RunName = None  # name of the run, in checkpoints/ and results/; unset: the data set's name
+    name: RunName = None  # name of the run, in checkpoints/ and results/; unset, in training: the data set's name
     # auto: the checkpoint's data set, else mnist, or offline the generated digits; idx: four files in --data-dir
     dataset: Literal["auto", "mnist", "fashion-mnist", "kmnist", "generated", "idx"] = "auto"
-    data_dir: OptionalPath = None  # folder of mnist/MNIST/raw and others, or of IDX files; unset: dataset/
-    # compare: its sides, each a run's name, a checkpoint, pretrained, or runs a,b,c; with sampling flags, in quotes
+    data_dir: OptionalPath = None  # folder that holds mnist/MNIST/raw, or the four IDX files; unset: dataset/
+    # compare: two sides, each a run, a file, pretrained, or trainings a,b,c; its own sampling flags in its quotes
     runs: Annotated[tuple[str, str] | None, tyro.conf.arg(metavar="A B", help_behavior_hint="")] = None
     seed: Annotated[int, Ge(0), Lt(2**63)] = 0  # every random number follows from it
     device: Device = "auto"  # cuda, cuda:1, mps, cpu, or auto: the first of these that is available

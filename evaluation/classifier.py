@@ -85,10 +85,7 @@ def load_classifier(path: Path = SHIPPED) -> Classifier:
 
 
 def own_classifier(name: str, digest: str, train: LabelledImages, test: LabelledImages) -> Classifier:
-    """The classifier of the data with that digest; trained and kept where there is none yet.
-
-    Raises UserError for fewer than FEWEST test images.
-    """
+    """The classifier of the data with that digest, trained once and kept; UserError below FEWEST test images."""
     path = KEPT / f"{name}-{digest}.safetensors"
     if not path.exists():
         if len(test) < FEWEST:

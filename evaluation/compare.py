@@ -22,7 +22,7 @@ import dataset
 from config import Config, UserError
 from dataset import CLASSES, describe, to_uint8
 from evaluation import statistics
-from evaluation.evaluate import require_its_images
+from evaluation.evaluate import image_count, require_its_images
 from evaluation.reference import DECIDING, METRICS, Baseline, Measurement, Metric, Reference, make_reference, rows
 from sample import LoadedModel, SampleRequest, load_checkpoint, make_request, provenance, sample_images, warn_if_broken
 from support import checkpoint, plots
@@ -63,10 +63,7 @@ def main(config: Config, runtime: Runtime) -> None:
     clock = Clock(runtime)
     if config.runs is None:
         raise UserError("--mode compare: it needs two sides; add --runs A B, such as --runs pretrained mine")
-    count = config.sample.num_images or 10_000
-    if count < statistics.FEWEST_FOR_ERRORS:
-        raise UserError(f"--num-images {count}: an interval needs more; use at least {statistics.FEWEST_FOR_ERRORS:,}")
-    a, b = sides = [load_side(text, config, count, runtime) for text in config.runs]
+    a, b = sides = [load_side(text, config, runtime) for text in config.runs]
     first = require_same_images(sides)
     known = dataset.data_name(first.path) if config.dataset == "auto" else None
     config = dataset.settle(replace(config, dataset=cast(Any, known or config.dataset)), runtime)
@@ -97,7 +94,7 @@ def main(config: Config, runtime: Runtime) -> None:
     runtime.say(clock)
 
 
-def load_side(text: str, config: Config, count: int, runtime: Runtime) -> Side:
+def load_side(text: str, config: Config, runtime: Runtime) -> Side:
     """A side such as `mine`, `mine,mine-s1`, `path/to/last.safetensors` or `pretrained --guidance 1.3`."""
     names, dashes, flags = text.partition(" --")
     words = (dashes + flags).split()
@@ -109,7 +106,8 @@ def load_side(text: str, config: Config, count: int, runtime: Runtime) -> Side:
     whole = os.path.exists(names) or os.path.exists(checkpoint.own(names))  # a name may have a comma
     models = [load_checkpoint(checkpoint.named(name.strip(), "--runs"), runtime)
               for name in ([names] if whole else names.split(","))]
-    requests = [make_request(model, own.sample, config.seed, count) for model in models]
+    counts = [image_count(own.sample.num_images, model, statistics.FEWEST_FOR_ERRORS) for model in models]
+    requests = [make_request(model, own.sample, config.seed, count) for model, count in zip(models, counts)]
     if len({model.digest for model in models}) < len(models):
         raise UserError(f"--runs '{text}': the same weights twice are not two trainings; name each run once")
     if any(int(request.labels.max()) >= CLASSES for request in requests):
@@ -124,8 +122,7 @@ def require_same_images(sides: Sequence[Side]) -> LoadedModel:
     for model in others:
         if model.data.get("digest") != first.data.get("digest"):
             raise UserError(f"--runs: {first.path} and {model.path} were trained on different images "
-                            f"({first.data.get('name')} and {model.data.get('name')}), so what they sample can't be "
-                            "compared; name runs of one data set")
+                            f"({first.data.get('name')} and {model.data.get('name')}); name runs of one data set")
     return first
 
 

@@ -13,7 +13,7 @@ from config import Config, UserError
 from dataset import CLASSES, class_name, describe, to_uint8
 from evaluation.metrics import nearest, share_closer
 from evaluation.reference import FEWEST, FEWEST_OF_CLASS, METRICS, Measured, Reference, make_reference, rows
-from evaluation.statistics import FEWEST_FOR_ERRORS, aligned
+from evaluation.statistics import BLOCK, FEWEST_FOR_ERRORS, aligned
 from sample import LoadedModel, SampleRequest, announce, load_checkpoint, make_request, provenance, sample_images
 from support import checkpoint, plots
 from support.files import make_folder, set_aside, write_bytes, write_results
@@ -25,14 +25,11 @@ REPORT = ("metrics.json", "evaluation.png", "neighbours.png")
 
 def main(config: Config, runtime: Runtime) -> None:
     """Measures a checkpoint and writes a table, a report and pictures to its results folder."""
-    count = config.sample.num_images or 10_000
-    if count < FEWEST:
-        raise UserError(f"--num-images {count}: the metrics need at least {FEWEST} images; ask for more")
     clock = Clock(runtime)
     asked = config.dataset
     config = dataset.settle(config, runtime)
     model = load_checkpoint(cast(Path, config.sample.checkpoint), runtime)
-    request = make_request(model, config.sample, config.seed, count)
+    request = make_request(model, config.sample, config.seed, image_count(config.sample.num_images, model))
     train, test = dataset.load_both(config, runtime)
     require_its_images(model, describe(train, config.dataset), explicit=asked != "auto")
     announce(model, request)
@@ -41,11 +38,20 @@ def main(config: Config, runtime: Runtime) -> None:
     runtime.on_rank0(lambda: made.append(make_reference(config, train, test, request.labels)))
     clock.lap("measure real images")
     images = to_uint8(sample_images(model, request, progress=True)[0])
-    clock.lap(f"sample {count}")
+    clock.lap(f"sample {len(images)}")
     for path in runtime.on_rank0(lambda: report(images, model, request, made[0])):
         runtime.say(f"  {path}")
     clock.lap("measure")
     runtime.say(clock)
+
+
+def image_count(wanted: int | None, model: LoadedModel, fewest: int = FEWEST) -> int:
+    """The number of images to measure: `wanted`, else 10,000 or what two disjoint sets of training images allow."""
+    most = min(filter(None, model.data.get("classes", [])), default=10_000) * len(model.classes) // 2
+    count = wanted or max(fewest, min(10_000, most // BLOCK * BLOCK))
+    if count < fewest:
+        raise UserError(f"--num-images {count}: too few to measure; use at least {fewest:,}")
+    return count
 
 
 def require_its_images(model: LoadedModel, found: dict[str, Any], explicit: bool) -> None:

@@ -103,7 +103,7 @@ def test_comparing_takes_two_sides_enough_images_and_labels(two: list[str], caps
 
 def test_a_side_has_its_own_way_of_sampling_or_several_runs(two: list[str]) -> None:
     config = configs.parse(two)
-    plain, own = (load_side(text, config, 2000, CPU) for text in (
+    plain, own = (load_side(text, config, CPU) for text in (
         "one", "one --guidance 1.4 --sampler ddim --eta 0.5 --guidance-interval 0.2 0.9"))
     assert plain.requests[0].options == config.sample and own.requests[0].options.guidance == 1.4
     assert own.requests[0].options.guidance_interval == (0.2, 0.9)
@@ -111,7 +111,7 @@ def test_a_side_has_its_own_way_of_sampling_or_several_runs(two: list[str]) -> N
     said = " ".join(settings_differences(plain, own))
     assert "guidance 1.7 / 1.4" in said and "sampler sa / ddim" in said and "Code" not in said
     save_network(Path("checkpoints/three/last.safetensors"), 2)
-    several = load_side("one, two,checkpoints/three/last.safetensors", config, 2000, CPU)
+    several = load_side("one, two,checkpoints/three/last.safetensors", config, CPU)
     assert [model.step for model in several.models] == [100] * 3
     assert "3 trainings" in settings_differences(plain, several)[1]
 
@@ -122,7 +122,7 @@ def test_a_side_has_its_own_way_of_sampling_or_several_runs(two: list[str]) -> N
 def test_a_side_is_named_as_its_file_is(name: str, flags: str, two: list[str]) -> None:
     """A backslash is no escape, as on Windows; spaces, commas and quotes are part of a name that is there."""
     save_network(Path(name), 3)
-    side = load_side(name + flags, configs.parse(two), 1000, CPU)
+    side = load_side(name + flags, configs.parse(two), CPU)
     assert [model.path for model in side.models] == [Path(name)]
     assert side.requests[0].options.steps == (3 if flags else 2)
 
@@ -132,7 +132,7 @@ def test_the_folder_follows_from_the_two_sides(two: list[str]) -> None:
     config = configs.parse(two)
 
     def sides(a: str, b: str, seed: int = 0) -> list[Side]:
-        return [load_side(text, dataclasses.replace(config, seed=seed), 1000, CPU) for text in (a, b)]
+        return [load_side(text, dataclasses.replace(config, seed=seed), CPU) for text in (a, b)]
 
     others = [results_folder(sides("one", "two"), 1000), results_folder(sides("two", "one"), 1000),
               results_folder(sides("one", "two"), 2000), results_folder(sides("one", "two", 1), 1000),
@@ -215,7 +215,7 @@ def test_several_trainings_a_side_are_compared_by_the_spread_between_them() -> N
 
 def says(two: list[str], a: str, b: str, values: tuple[list[float], list[float]]) -> str:
     config = configs.parse(two)
-    sides = [load_side(text, config, 1000, CPU) for text in (a, b)]
+    sides = [load_side(text, config, CPU) for text in (a, b)]
     measured = [[scattered(i, 1e-4, class_frechet=value) for i, value in enumerate(side)] for side in values]
     return conclusion(sides, differences(*measured, BASELINE))
 
@@ -247,7 +247,7 @@ def test_the_picture_shows_the_pairs_that_differ_most(two: list[str], monkeypatc
     monkeypatch.setattr("support.plots.save_comparison", lambda path, pairs, names, intervals, metadata: seen.update(
         pairs=pairs, names=names, intervals=intervals))
     config = configs.parse(two)
-    sides = [load_side(text, config, 1000, CPU) for text in ("one", "two")]
+    sides = [load_side(text, config, CPU) for text in ("one", "two")]
     images = torch.zeros(2, 50, 1, 28, 28, dtype=torch.uint8)
     images[1, 20:] = torch.arange(30, dtype=torch.uint8)[:, None, None, None]
     measured = [[row(class_frechet=0.2)], [row(class_frechet=0.3)]]

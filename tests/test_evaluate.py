@@ -1,11 +1,13 @@
 """mode evaluate, end to end on generated digits: the table, its baselines, the files, own data, and what it refuses."""
 
+import contextlib
 import io
 import json
 import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -15,11 +17,12 @@ from PIL import Image
 
 import config as configs
 import dataset
+from config import UserError
 from dataset import LabelledImages, describe
 from evaluation import evaluate
 from evaluation.classifier import load_classifier, train_classifier
 from evaluation.metrics import nearest, share_closer
-from evaluation.reference import Reference
+from evaluation.reference import Reference, baseline_sets
 from run import main
 from sample import choose_labels
 from support import checkpoint, plots
@@ -119,6 +122,25 @@ def test_what_can_not_be_measured_is_refused(flags: list[str], said: str, untrai
     assert main([*untrained, *flags]) == 2
     error = capsys.readouterr().err.strip()
     assert len(error.splitlines()) == 1 and said in error
+
+
+@pytest.mark.parametrize("classes, fewest, expected", [
+    ([6000] * 10, 200, 10_000), ([900] * 10, 200, 4500), ([0, 300, 250, 0], 200, 200), ([0, 900, 850], 200, 800),
+    ([900, 100] + [900] * 8, 200, 500), ([30] * 10, 200, 200), ([900] * 10, 2000, 4500), ([300] * 10, 2000, 2000)])
+def test_unless_told_as_many_images_are_measured_as_the_data_allow(classes: list[int], fewest: int, expected: int,
+                                                                   monkeypatch: pytest.MonkeyPatch) -> None:
+    """All that the baseline accepts, up to 10,000; for data that are too few, it says so itself."""
+    model = Mock(data={"classes": classes}, classes=[k for k, count in enumerate(classes) if count])
+    assert evaluate.image_count(None, model, fewest) == expected
+    assert evaluate.image_count(fewest + 1, model, fewest) == fewest + 1
+    with pytest.raises(UserError, match=f"--num-images 9: too few to measure; use at least {fewest:,}"):
+        evaluate.image_count(9, model, fewest)
+    real = torch.arange(len(classes)).repeat_interleave(torch.tensor(classes))
+    enough = min(filter(None, classes)) * len(model.classes) // 2 >= fewest
+    for count, fits in ((expected, enough), (expected + 100, enough and expected == 10_000)):
+        labels = choose_labels(None, 0, range(count), model.classes)
+        with contextlib.nullcontext() if fits else pytest.raises(UserError, match="too few real images"):
+            assert len(baseline_sets(real, labels)) >= 2
 
 
 def test_weights_of_another_network_are_refused(untrained: list[str], capsys: Capture) -> None:
