@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import config as configs
 import dataset
@@ -18,6 +17,7 @@ import sample
 import train
 import training_log
 import training_step
+from benchmarks.common import Operations
 from config import Config, ModelConfig, UserError
 from dataset import LabelledImages
 from diffusion import diffusion_loss, make_schedule
@@ -35,17 +35,6 @@ from training_state import BAD_STEPS, TrainingState, new_state, read_losses
 
 CPU = Runtime(torch.device("cpu"), bf16=False, compile=False)
 FINITE, NOT_FINITE = torch.tensor(True), torch.tensor(False)
-
-
-class Operations(TorchDispatchMode):
-    """Counts the operations that are launched within the block, and those for whose result the host waits."""
-
-    count = waits = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += 1
-        self.waits += func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
-        return func(*args, **(kwargs or {}))
 
 
 def tiny_state(*flags: str, runtime: Runtime = CPU) -> TrainingState:
