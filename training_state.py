@@ -60,7 +60,7 @@ class TrainingState:
 
 def new_state(config: Config, runtime: Runtime, train: LabelledImages, test: LabelledImages) -> TrainingState:
     """A run at its start; precision auto becomes what this device is fast at."""
-    config = replace(config, precision=runtime.training_precision(config.precision))
+    config = replace(config, precision=runtime.on_rank0(lambda: runtime.training_precision(config.precision)))
     learner = Learner(config, train, runtime)
     history = {"columns": {}, "running": [0.0, 0], "seconds": 0.0, "skipped": 0, "code": code_digests(),
                "data": describe(train, config.dataset), "alpha_bar": learner.schedule.alpha_bar}
@@ -79,7 +79,7 @@ def resume(state: TrainingState, precision: str) -> TrainConfig:
         before, assumed = training_settings(saved["config"])
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
-    if before.precision == "auto":  # as the first versions stored it; it was bf16 on GPUs alone
+    if before.precision == "auto":  # as versions up to 0.2 stored it; it was bf16 on GPUs alone
         cpu = state.runtime.device.type == "cpu"
         before = replace(before, precision="fp32" if cpu else state.runtime.training_precision("auto"))
     if precision == "auto":

@@ -8,7 +8,7 @@ Every finished run is kept in peers.json, and the same command again goes on wit
 
 Settings, meant to be fair. All: the same images on the device, batch 64, gradient norm clipped at 1, the averaged
 weights sampled with 15 network evaluations and no guidance, 2,000 images with the same labels, measured against the
-same reference; the clock stops while images are measured.
+same reference; the clock stops while images are measured. Steps compute in the precision of --precision auto for both.
   ours         the defaults of config.py; each length of training is a run of its own, since the rate decays over a run
   diffusers    UNet2DModel with widths 16-32-64 and attention at 7x7, one layer a block: about as many parameters as
                ours; given the label (num_class_embeds); DDPMScheduler squaredcos_cap_v2, noise prediction, T = 1000;
@@ -82,7 +82,7 @@ def diffusers(images: LabelledImages, here: Runtime, options: Namespace, predict
         chosen = torch.randint(len(images), (BATCH,), device=device)
         x0, labels = to_unit(images.images[chosen]), images.labels[chosen]
         noise, t = torch.randn_like(x0), torch.randint(TIMESTEPS, (BATCH,), device=device)
-        with here.autocast():
+        with here.autocast(here.training_precision("auto") == "bf16"):
             answer = forward(noising.add_noise(x0, noise, t), t, labels)
         target = noise if prediction == "epsilon" else noising.get_velocity(x0, noise, t)
         nn.functional.mse_loss(answer.float(), target).backward()
@@ -145,7 +145,8 @@ def compare(options: Namespace, here: Runtime) -> dict[str, Any]:
     images, test = dataset.load_both(common.config_of(options), here)
     reference = common.make_reference(images, test, options.images)
     settings = {"steps": STEPS, "minutes": options.minutes, "clock": options.clock, "batch": BATCH,
-                "images": options.images, "seed": options.seed, "classifier": reference.classifier.digest}
+                "images": options.images, "seed": options.seed, "classifier": reference.classifier.digest,
+                "precision": here.training_precision("auto")}
     machine = common.machine(here.device)
     report: dict[str, Any] = {"machine": machine, "settings": settings, "quality": []}
     if options.out.exists():

@@ -7,7 +7,7 @@ A run has one thread and its time is CPU time, so that others on the machine cos
 wall-clock. The learning rate decays over those seconds. The score is the Fréchet distance of 2,000 images, sampled from
 the averaged weights with the default sampler and without guidance, as a multiple of the baseline. Each run adds a line
 to search.jsonl; with --keep its averaged weights become FOLDER/RECIPE-sSEED.safetensors, for run.py's --checkpoint.
-Runs compare only under one classifier; test losses only under one prediction, weighting and clip_loss.
+Runs compare only under one classifier and precision; test losses only under one prediction, weighting and clip_loss.
 """
 
 import argparse
@@ -92,8 +92,8 @@ def train_and_measure(task: tuple[str, int, argparse.Namespace]) -> dict[str, An
         found = measured(reference, *trainee.sample(options.images, guidance=1.0))
     if options.keep is not None:
         path = options.keep / f"{name.replace(' ', '-')}-s{seed}.safetensors"
-        checkpoint.save(path, {"config": configs.stored(config), "model": None, "optimizer": None, "step": state.step,
-                               "ema": state.learner.average.state_dict(), "history": state.history})
+        checkpoint.save(path, {"config": configs.stored(state.config), "model": None, "optimizer": None,
+                               "ema": state.learner.average.state_dict(), "step": state.step, "history": state.history})
     parameters, gflop = count(state.learner.network)
     seen, last = state.step * config.train.batch_size, [loss for loss in losses[-100:] if math.isfinite(loss)]
     return {"recipe": name, "flags": RECIPES[name], "precision": state.config.precision, "seconds": options.seconds,

@@ -3,9 +3,9 @@
     python benchmarks/sweep.py --checkpoint pretrained --seeds 100 101 -- "" "--guidance 2" "--sampler ddim --steps 25"
     python benchmarks/sweep.py --num-images 1000 -- "--sampler "{sa,dpmpp,ddim,ddpm}" --steps "{5,8,10,15,25,50}
 
-Each setting is one word: flags of run.py. All flags before -- are run.py's as well, for all settings. Each row is
-written to the CSV file as soon as it is measured, and a row that is there already, of the same weights, images and
-settings, is skipped: the same command again goes on where it stopped.
+Each setting is one word: sampling flags of run.py. All flags before -- are run.py's as well, for all settings;
+--num-images is for each seed. Each row is written to the CSV file as soon as it is measured, and a row that is there
+already, of the same weights, images and settings, is skipped: the same command again goes on where it stopped.
 """
 
 import csv
@@ -32,14 +32,20 @@ def main(argv: list[str]) -> None:
     cut = argv.index("--") if "--" in argv else len(argv)
     own, words = argv[:cut], argv[cut + 1:]
     parser = Parser(__doc__)
-    parser.add_argument("--seeds", nargs="+", type=int, help="whose images are pooled; unset: --seed alone")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="whose images are pooled")
     parser.add_argument("--out", type=Path, default=HERE / "sweep.csv", help="the CSV file")
     options, flags = parser.parse_known_args(own)
     if not words:
         raise UserError('give settings after --, one word each, such as "--guidance 2"; see --help')
-    settings = [configs.parse(["--mode", "evaluate", *shlex.split(word), *flags]) for word in words]
-    seeds = options.seeds or [settings[0].seed]
-    table: list[Any] = [*csv.DictReader(options.out.open(encoding="utf-8"))] if options.out.exists() else []
+    for word in words:
+        if other := {*configs.given(shlex.split(word))} - {*configs.SAMPLING}:
+            raise UserError(f"'{word}': a setting is how it is sampled ({', '.join(configs.SAMPLING)}); give "
+                            f"{', '.join(sorted(other))} before --, for all of them")
+    settings = [configs.parse(["--mode", "evaluate", *flags, *shlex.split(word)]) for word in words]
+    if "seed" in configs.given(flags):
+        raise UserError("--seed: give --seeds, whose images are pooled")
+    seeds = options.seeds
+    table: list[Any] = [*csv.DictReader(options.out.read_text("utf-8").splitlines())] if options.out.exists() else []
     with runtime.start(settings[0]) as here:
         config = dataset.settle(settings[0], here)
         model, data = load_checkpoint(Path(str(config.sample.checkpoint)), here), dataset.load_both(config, here)
@@ -51,7 +57,8 @@ def main(argv: list[str]) -> None:
             reference = reference or make_reference(config, *data, labels)
             row = provenance(model, requests[0]) | {
                 "seed": " ".join(map(str, seeds)), "images": str(len(labels)), "compared_with": images["digest"],
-                "classifier": reference.classifier.digest if reference.classifier else ""}
+                "classifier": reference.classifier.digest if reference.classifier else "",
+                "precision": "bf16" if here.bf16 else "fp32"}
             if any({key: other.get(key) for key in row} == row for other in table):
                 continue
             sampled = torch.cat([sample_images(model, request, progress=True)[0] for request in requests])

@@ -13,7 +13,7 @@ from config import Config, UserError
 from dataset import CLASSES, class_name, describe, to_uint8
 from evaluation.metrics import nearest, share_closer
 from evaluation.reference import FEWEST, FEWEST_OF_CLASS, METRICS, Measured, Reference, make_reference, rows
-from evaluation.statistics import BLOCK, FEWEST_FOR_ERRORS, aligned
+from evaluation.statistics import FEWEST_FOR_ERRORS, aligned
 from sample import LoadedModel, SampleRequest, announce, load_checkpoint, make_request, provenance, sample_images
 from support import checkpoint, plots
 from support.files import make_folder, set_aside, write_bytes, write_results
@@ -48,7 +48,8 @@ def main(config: Config, runtime: Runtime) -> None:
 def image_count(wanted: int | None, model: LoadedModel, fewest: int = FEWEST) -> int:
     """The number of images to measure: `wanted`, else 10,000 or what two disjoint sets of training images allow."""
     most = min(filter(None, model.data.get("classes", [])), default=10_000) * len(model.classes) // 2
-    count = wanted or max(fewest, min(10_000, most // BLOCK * BLOCK))
+    block = 10 * len(model.classes)  # in which choose_labels has each class equally often
+    count = wanted or max(fewest, min(10_000, most // block * block))
     if count < fewest:
         raise UserError(f"--num-images {count}: too few to measure; use at least {fewest:,}")
     return count

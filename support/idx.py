@@ -22,7 +22,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from config import UserError
-from support.console import place
 
 FILES = {"train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
          "test": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")}
@@ -118,8 +117,6 @@ def _read_idx(folder: Path, name: str, digests: Mapping[str, str], advice: str) 
 
 def download(source: Source, folder: Path) -> None:
     """Downloads a data set and adds the files that the folder lacks; raises UserError, and adds none, if it can't."""
-    if place().rank != 0:
-        raise UserError(f"{folder}: {source.kind} is missing, and only the first process downloads it; run one first")
     print(f"{source.kind} is not in {folder}: downloading it ({source.megabytes} MB).", flush=True)
     nearest = next(parent for parent in folder.parents if os.path.exists(parent))
     previous_timeout = socket.getdefaulttimeout()

@@ -1,4 +1,4 @@
-"""Where and how it runs: device, precision, torchrun's processes, stop signals, the clock."""
+"""Where and how it runs: device, precision, memory, torchrun's processes, stop signals, the clock."""
 
 import contextlib
 import ctypes
@@ -53,7 +53,7 @@ class Runtime:
         return wanted if wanted != "auto" else "bf16" if fast_bf16(self.device) else "fp32"
 
     def autocast(self, bf16: bool | None = None) -> torch.autocast:
-        """Convolutions and linear layers in bfloat16; unset: if the runtime's precision is that."""
+        """Convolutions and linear layers in bfloat16 if `bf16`, or, where that is None, if self.bf16."""
         # Without its cache of cast weights, which a captured graph would go on reading after it was freed.
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16 if bf16 is None else bf16,
                               cache_enabled=False)
@@ -97,7 +97,7 @@ class Runtime:
 
 @contextlib.contextmanager
 def start(config: Config) -> Iterator[Runtime]:
-    """Chooses device and precision, and joins torchrun's other processes if any (gloo on CPUs, NCCL on GPUs)."""
+    """Chooses device, precision and memory, and joins torchrun's other processes (gloo on CPUs, NCCL on GPUs)."""
     place = console.place()
     keep_freed_memory()
     runtime = make_runtime(config, *place)
@@ -120,12 +120,12 @@ def make_runtime(config: Config, rank: int = 0, world: int = 1, local_rank: int 
     """The runtime of this process; joins no others. Raises UserError for a device that is not there."""
     device = choose_device(config.device, local_rank, local_world)
     gpu = device.type == "cuda"
+    if gpu:
+        torch.cuda.set_device(device)  # of which fast_bf16 asks
+        torch.set_float32_matmul_precision("high")  # TF32, where float32 is asked for
     bf16 = config.precision == "bf16" or config.precision == "auto" and gpu and fast_bf16(device)
     # On a CPU compiling takes a minute and gains nothing for this model (benchmarks/README.md), so only on request.
     compiles = config.compile == "on" or config.compile == "auto" and gpu
-    if gpu:
-        torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")  # TF32, where float32 is asked for
     usable_compiler_cache()
     return Runtime(device, bf16, compiles, rank, world)
 
@@ -133,7 +133,7 @@ def make_runtime(config: Config, rank: int = 0, world: int = 1, local_rank: int 
 def fast_bf16(device: torch.device) -> bool:
     """Whether the device multiplies bfloat16 faster than float32: a GPU that has it, a CPU with AVX512-BF16 or AMX."""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported()
+        return torch.cuda.is_bf16_supported(including_emulation=False)
     asked = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # torch's public names are of 2.14
     return device.type == "cpu" and any(getattr(torch.cpu, name, bool)() for name in asked)
 

@@ -18,7 +18,6 @@ from config import Config, UserError
 from dataset import LabelledImages, random_batch
 from run import main
 from support import idx
-from support.console import TORCHRUN
 from support.runtime import Runtime
 
 IMAGES, LABELS = idx.FILES["train"]
@@ -276,14 +275,6 @@ def test_download_into_a_folder_without_permission(tmp_path: Path, torchvision_m
     (tmp_path / "closed").mkdir(mode=0o500)
     with pytest.raises(UserError, match="can't be downloaded .*Permission denied"):
         load_mnist(tmp_path / "closed", "train")
-
-
-def test_only_the_first_process_downloads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in TORCHRUN:
-        monkeypatch.setenv(name, "2" if "WORLD" in name else "1")
-    with pytest.raises(UserError, match="only the first process downloads it"):
-        load_mnist(tmp_path, "train")
-    assert list(tmp_path.iterdir()) == []
 
 
 # --data-dir

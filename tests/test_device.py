@@ -38,9 +38,26 @@ FINITE, NOT_FINITE = torch.tensor(True), torch.tensor(False)
 
 
 def tiny_state(*flags: str, runtime: Runtime = CPU) -> TrainingState:
-    config = configs.parse(["--dataset", "generated", "--batch-size", "8", *TINY, *flags])
+    config = configs.parse(["--dataset", "generated", "--batch-size", "8", "--precision", "fp32", *TINY, *flags])
     images = (dataset.load(config, split).to(runtime.device) for split in ("train", "test"))
     return new_state(config, runtime, *images)
+
+
+def watched(state: TrainingState) -> dict[str, set[torch.dtype]]:
+    """What each kind of layer of the network and of its average gave, filled in as they are called."""
+    seen: dict[str, set[torch.dtype]] = {}
+
+    def watch(layer: nn.Module, _inputs: Any, output: Tensor) -> None:
+        seen.setdefault(type(layer).__name__, set()).add(output.dtype)
+
+    for module in (*state.learner.network.modules(), *state.learner.average.modules()):
+        module.register_forward_hook(watch)
+    return seen
+
+
+def sample_two(state: TrainingState) -> None:
+    model = current_model(state)
+    sample.sample_images(model, sample.make_request(model, configs.SampleConfig(steps=2), 0, 2))
 
 
 def test_a_step_learns_at_the_levels_in_focus(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -202,18 +219,12 @@ def test_auto_trains_in_bf16_where_the_cpu_is_fast_at_it(fast: bool, monkeypatch
     """There, in bfloat16, convolutions and linear layers of the training step alone; all else stays in float32."""
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: fast)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-    state = tiny_state(runtime=make_runtime(Config(device="cpu", compile="off")))
+    state = tiny_state("--precision", "auto", runtime=make_runtime(Config(device="cpu", compile="off")))
     chosen = "bf16" if fast else "fp32"
     assert configs.stored(state.config)["precision"] == state.config.precision == chosen
     training_log.announce(state, None)
     assert f", {chosen}: " in capsys.readouterr().out.splitlines()[0]
-    seen: dict[str, set[torch.dtype]] = {}
-
-    def watch(layer: nn.Module, _inputs: Any, output: Tensor) -> None:
-        seen.setdefault(type(layer).__name__, set()).add(output.dtype)
-
-    for module in (*state.learner.network.modules(), *state.learner.average.modules()):
-        module.register_forward_hook(watch)
+    seen = watched(state)
     step = torch.bfloat16 if fast else torch.float32
     assert state.learner.step(1, 1e-3).dtype == torch.float32
     assert seen["Conv2d"] == seen["ConvTranspose2d"] == seen["Linear"] == {step}
@@ -222,20 +233,24 @@ def test_auto_trains_in_bf16_where_the_cpu_is_fast_at_it(fast: bool, monkeypatch
         assert {value.dtype for values in part.state.values() for value in values.values()} == {torch.float32}
     assert {p.dtype for p in (*state.learner.network.parameters(), *state.learner.average.parameters())} == {
         torch.float32}
-    for other in (training_log.test_loss, lambda state: sample.sample_images(
-            current_model(state), sample.make_request(current_model(state), configs.SampleConfig(steps=2), 0, 2))):
+    for other in (training_log.test_loss, sample_two):
         seen.clear()
         other(state)
         assert seen["Conv2d"] == seen["Linear"] == seen["GroupNorm"] == {torch.float32}
 
 
-def test_explicit_precision_holds_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    for fast in (False, True):
-        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda fast=fast: fast)
-        for precision in ("fp32", "bf16"):
-            runtime = make_runtime(Config(device="cpu", compile="off", precision=precision))  # type: ignore[arg-type]
-            assert runtime.bf16 == (precision == "bf16")
-            assert tiny_state("--precision", precision, runtime=runtime).config.precision == precision
+@pytest.mark.parametrize("fast", [True, False])
+@pytest.mark.parametrize("precision, expected", [("fp32", torch.float32), ("bf16", torch.bfloat16)])
+def test_explicit_precision_holds_everywhere(precision: Any, expected: torch.dtype, fast: bool,
+                                             monkeypatch: pytest.MonkeyPatch) -> None:
+    """In training steps, test losses and sampling, whatever the CPU is fast at."""
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: fast)
+    state = tiny_state("--precision", precision, runtime=make_runtime(Config(device="cpu", precision=precision)))
+    seen = watched(state)
+    for work in (lambda state: state.learner.step(1, 1e-3), training_log.test_loss, sample_two):
+        seen.clear()
+        work(state)
+        assert seen["Conv2d"] == seen["Linear"] == {expected} and seen["GroupNorm"] == {torch.float32}
 
 
 def test_a_compiled_run_learns_the_same(monkeypatch: pytest.MonkeyPatch) -> None:

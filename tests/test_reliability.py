@@ -10,6 +10,7 @@ import errno
 import itertools
 import math
 import os
+import platform
 import re
 import shutil
 import signal
@@ -539,6 +540,30 @@ def test_variables_left_over_from_torchrun(left_over: dict[str, str], there: Pat
         monkeypatch.setenv(name, value)
     assert main([*SAMPLE, "--steps", "1"]) == 0 and "results/idx/samples.npz" in capsys.readouterr().out
     assert "--steps 1000" in refused([*SAMPLE, "--steps", "1000"], capsys)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc is told")
+@pytest.mark.parametrize("keep", [True, False])
+def test_freed_memory_is_kept_for_the_next_step(keep: bool) -> None:
+    """Else the system takes it back, and gives it again in one page fault for each of its 4 KiB pages."""
+    script = f"""
+import ctypes, resource
+from support.runtime import keep_freed_memory
+libc = ctypes.CDLL(None)
+libc.malloc.restype = ctypes.c_void_p
+if {keep}:
+    keep_freed_memory()
+for _ in range(3):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    blocks = [ctypes.c_void_p(libc.malloc(3 << 20)) for _ in range(10)]
+    for block in blocks:
+        ctypes.memset(block, 1, 3 << 20)
+    for block in blocks:
+        libc.free(block)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+    faults = int(subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True).stdout)
+    assert faults < 100 if keep else faults > 5000
 
 
 def test_a_compiler_cache_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
