@@ -306,7 +306,8 @@ def test_minutes_used_are_remembered(own_folder: Path, flags: list[str], monkeyp
 
     monkeypatch.setattr(Learner, "step", step)
     monkeypatch.setattr(train, "time", SimpleNamespace(perf_counter=lambda: clock.seconds))
-    flags = [*flags, "--minutes", "0.2"]
+    epochs = flags.index("--epochs")
+    flags = [*flags[:epochs], *flags[epochs + 2:], "--minutes", "0.2"]
     assert main(flags) == 130 and checkpoint.load(LAST)["history"]["seconds"] == 4
     clock.seconds += 1000
     assert main(flags) == 0
