@@ -97,7 +97,7 @@ class SampleConfig:
     spacing: Literal["trailing", "eased"] = "eased"  # of the timesteps: even, or closer together at both ends
     eta: Share = 0.0  # ddim: noise added in each step, 0 (none) to 1 (as ddpm)
     variance: Literal["posterior", "upper"] = "posterior"  # ddpm: beta-tilde or beta (2006.11239, section 3.2)
-    guidance: Annotated[float, Ge(0), Le(100)] = 1.7  # x0 = free + guidance * (labelled - free) (2207.12598); 1: off
+    guidance: Annotated[float, Ge(0), Le(100)] = 2.1  # x0 = free + guidance * (labelled - free) (2207.12598); 1: off
     guidance_interval: tuple[Share, Share] = (0.34, 0.57)  # alpha_bar where guidance acts (2404.07724); 0 1: all
     digits: Labels = None  # classes to sample, cycled ("7", "0123456789"), or none; unset: all, equally often
     write: Number = None  # a number, such as 20261123, written in one row of digits to number.png

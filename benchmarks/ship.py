@@ -1,13 +1,13 @@
-"""Makes what ships of a finished run: its averaged weights, and digits and a picture for the readme made with them.
+"""Makes what ships of a finished run: its averaged weights, and digits and pictures for the readme made with them.
 
     python benchmarks/ship.py weights checkpoints/mnist/last.safetensors
     python benchmarks/ship.py digits
-    python benchmarks/ship.py levels
+    python benchmarks/ship.py pictures
 
 Weights are rounded to half precision (mode evaluate shows whether that costs anything) and hold nothing to train on.
 The digits are 1,000 of each, as four compressed IDX files, the last 1,000 for testing; the MD5s of the unpacked files
-are printed, and belong into GENERATED_MD5 in support/idx.py. The picture shows x_t and x0_hat at six noise levels. The
-other pictures in results/pretrained/ are those of modes sample and evaluate.
+are printed, and belong into GENERATED_MD5 in support/idx.py. The pictures are the run's loss.png, and levels.png: x_t
+and x0_hat at six noise levels. The others in results/pretrained/ are those of modes sample and evaluate.
 """
 
 import gzip
@@ -57,7 +57,7 @@ def ship_digits() -> None:
             print(f'"{name}": "{hashlib.md5(content).hexdigest()}",  # {len(packed) / 1e6:.2f} MB packed')
 
 
-def show_levels() -> None:
+def make_pictures() -> None:
     config = config_of(None, "--dataset", "generated")
     with runtime.start(config) as here:
         model = load_checkpoint(checkpoint.PRETRAINED, here)
@@ -70,19 +70,20 @@ def show_levels() -> None:
             for t in LEVELS:
                 x_t = add_noise(model.schedule, x0, torch.tensor([t]), noise)
                 rows.append(to_uint8(torch.cat([x_t, denoise(x_t.to(here.device), t).cpu()])))
-    path = ROOT / "results" / "pretrained" / "levels.png"
-    plots.save_process(path, torch.stack(rows).numpy(), LEVELS, {"weights": model.digest})
-    print(path)
+    folder, metadata = ROOT / "results" / "pretrained", {"weights": model.digest}
+    plots.save_process(folder / "levels.png", torch.stack(rows).numpy(), LEVELS, metadata)
+    plots.save_losses(folder / "loss.png", model.history["columns"], None, metadata, model.data["images"])
+    print(folder)
 
 
 def main(argv: list[str]) -> None:
     parser = Parser(__doc__)
-    parser.add_argument("what", choices=("weights", "digits", "levels"))
+    parser.add_argument("what", choices=("weights", "digits", "pictures"))
     parser.add_argument("source", type=Path, nargs="?", help="the run's checkpoint, of which the weights are shipped")
     options = parser.parse(argv)
     if options.what == "weights" and options.source is None:
         parser.error("weights: of which checkpoint?")
-    {"weights": lambda: ship_weights(options.source), "digits": ship_digits, "levels": show_levels}[options.what]()
+    {"weights": lambda: ship_weights(options.source), "digits": ship_digits, "pictures": make_pictures}[options.what]()
 
 
 if __name__ == "__main__":

@@ -306,7 +306,7 @@ def test_sampling_needs_only_the_network_and_the_prediction(change, own_folder: 
     assert changed.digest == whole.digest and changed.schedule.prediction == whole.schedule.prediction
     for model in (changed, whole):
         request = make_request(model, SampleConfig(), 0, 1)
-        assert request.guidance == 1.7 and request.labels.shape == (1,)
+        assert request.guidance == 2.1 and request.labels.shape == (1,)
 
 
 def test_sampling_after_a_knob_was_deleted_from_the_code(own_folder: Path, monkeypatch) -> None:

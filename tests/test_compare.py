@@ -109,7 +109,7 @@ def test_a_side_has_its_own_way_of_sampling_or_several_runs(two: list[str]) -> N
     assert own.requests[0].options.guidance_interval == (0.2, 0.9)
     assert torch.equal(plain.requests[0].labels, own.requests[0].labels)
     said = " ".join(settings_differences(plain, own))
-    assert "guidance 1.7 / 1.4" in said and "sampler sa / ddim" in said and "Code" not in said
+    assert "guidance 2.1 / 1.4" in said and "sampler sa / ddim" in said and "Code" not in said
     save_network(Path("checkpoints/three/last.safetensors"), 2)
     several = load_side("one, two,checkpoints/three/last.safetensors", config, CPU)
     assert [model.step for model in several.models] == [100] * 3

@@ -269,7 +269,7 @@ def test_by_default_two_of_thirteen_steps_are_guided(network):
     guided, calls = guided_timesteps(model, request)
     assert guided == [t for t in request.timesteps if 450 < t <= 600] == [544, 456]
     assert calls == request.evaluations == 15
-    assert request.note == "Guidance 1.7 acts in 2 of 13 steps."
+    assert request.note == "Guidance 2.1 acts in 2 of 13 steps."
     inside = [t for t in range(1, 1001) if 0.34 <= model.schedule.alpha_bar[t] <= 0.57]
     assert inside == [*range(451, 601)]
 
@@ -317,7 +317,7 @@ def test_guidance_needs_images_with_and_without_labels(network, dropout, digits,
     request = make_request(model, SampleConfig(digits=digits), 0, 2)
     twice, calls = guided_timesteps(model, request)
     assert len(twice) == guided and calls == request.evaluations == 13 + guided
-    assert request.note.startswith("Guidance 1.7 acts in" if guided else "No guidance: it compares images with and")
+    assert request.note.startswith("Guidance 2.1 acts in" if guided else "No guidance: it compares images with and")
     if not guided:
         with pytest.raises(UserError, match="--guidance 3: this network can't be guided"):
             make_request(model, SampleConfig(digits=digits, guidance=3.0), 0, 2)
