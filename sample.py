@@ -21,10 +21,9 @@ from diffusion import Denoiser, Network, NoiseSchedule, make_denoiser
 from model import UNet
 from samplers import SAMPLERS, spaced_timesteps
 from support import checkpoint, plots
-from support.cuda_graphs import graphed
 from support.files import make_folder, write_atomically, write_results
 from support.randomness import LABEL_STREAM, NOISE_STREAM, generator
-from support.runtime import Clock, Runtime, make_runtime
+from support.runtime import Runtime, make_runtime
 
 SHOWN = 6  # images in the pictures of the process
 COLUMNS, FRAMES = 15, 60  # states in process.png and in process.gif, at most
@@ -212,8 +211,6 @@ def sample_images(model: LoadedModel, request: SampleRequest, shown: int = 0,
     for position, index in enumerate(request.indices):
         chunks.setdefault(index // runtime.chunk, []).append(position)
     mine = list(chunks.values())[runtime.rank::runtime.world]
-    if runtime.graphs:
-        model = replace(model, network=graphed(model.network))
 
     def work() -> tuple[Tensor, Tensor]:
         images = torch.zeros(len(request.indices), 1, 28, 28)
@@ -263,30 +260,25 @@ def _chunk_states(model: LoadedModel, request: SampleRequest) -> Iterator[Tensor
 
 def main(config: Config, runtime: Runtime) -> None:
     """Samples from a checkpoint as config.sample says, and writes pictures and arrays to its results folder."""
-    clock = Clock(runtime)
     config = settle(config, runtime)
     model = load_checkpoint(cast(Path, config.sample.checkpoint), runtime)
     options = replace(config.sample, digits=config.sample.write or config.sample.digits)
     count = len(config.sample.write or "") or options.num_images or 256
     request = make_request(model, options, config.seed, count)
-    clock.lap("load")
     announce(model, request)
     folder = checkpoint.results_folder(model.path, model.digest)
     runtime.on_rank0(lambda: make_folder(folder) and None)
     images, states = sample_images(model, request, SHOWN, progress=True)
-    clock.lap(f"sample {count} image{'s' * (count != 1)} in {options.steps} steps, {request.evaluations} "
-              f"evaluations each ({options.sampler})")
     for path in runtime.on_rank0(lambda: write_images(folder, to_uint8(images), model, request, states)):
         runtime.say(f"  {path}")
-    clock.lap("write")
-    runtime.say(clock)
 
 
 def announce(model: LoadedModel, request: SampleRequest) -> None:
-    """Prints which weights are sampled from, and how they are guided."""
+    """Prints which weights are sampled from, in how many network evaluations, and how they are guided."""
     name, notice = model.data.get("name", "unknown images"), f"\n{NOTICE}"
     model.runtime.say(f"Sampling from {model.path} (trained on {name}, step {model.step:,}, weights {model.digest}) on "
-                      f"{model.runtime.name()}. {request.note}".rstrip() + notice * (name == "generated"))
+                      f"{model.runtime.name()}: {request.evaluations} network evaluations an image. "
+                      f"{request.note}".rstrip() + notice * (name == "generated"))
 
 
 def write_images(folder: Path, images: Tensor, model: LoadedModel, request: SampleRequest,

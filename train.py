@@ -18,8 +18,10 @@ from support.runtime import Runtime, stop_signals
 from training_log import announce, current_model, log_number, log_point, preview_number
 from training_state import TrainingState, new_state, read_losses, resume, save
 
-SAVE_SECONDS, READ_SECONDS = 30.0, 1.0  # between checkpoints, and between reads of the losses, which wait
-SUSPENDED_SECONDS, SUSPENDED_RATIO = 10.0, 20.0  # a step longer than both, the second times the median, was suspended
+SAVE_SECONDS = 30.0  # between checkpoints
+READ_SECONDS = 1.0  # between reads of the losses, each of which waits for the device
+SUSPENDED_SECONDS = 10.0  # a step that is longer than this,
+SUSPENDED_RATIO = 20.0  # and than so many times the median, was suspended
 
 
 def main(config: Config, runtime: Runtime) -> int:

@@ -23,15 +23,17 @@ from support.files import write_atomically, write_results
 from support.randomness import TEST_STREAM, generator
 from training_state import TrainingState
 
-TEST_IMAGES, LEVELS, PREVIEW_STEPS = 1000, 10, 10  # images of the test loss, its bins of t, steps to a preview
+TEST_IMAGES = 1000  # of the test loss
+LEVELS = 10  # bins of t
+PREVIEW_STEPS = 10
 
 
 def announce(state: TrainingState, before: TrainConfig | None) -> None:
     """Prints what will be trained; `before`: the options with which a resumed run was saved."""
     options, runtime, name = state.config.train, state.runtime, state.config.name
     parameters = sum(weight.numel() for weight in state.learner.network.parameters())
-    runtime.say(f"Training {name} for {length(options)} on {runtime.name()}"
-                f"{f', {runtime.world} processes' * (runtime.world > 1)}, {state.config.precision}: "
+    processes = f", {runtime.world} processes" if runtime.world > 1 else ""
+    runtime.say(f"Training {name} for {length(options)} on {runtime.name()}{processes}, {state.config.precision}: "
                 f"{parameters / 1e6:.2f} M parameters.")
     if before is None:
         if runtime.device.type == "cpu" and options.minutes is None:

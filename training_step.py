@@ -35,7 +35,8 @@ class Learner:
         self.optimizer = Optimizer(self.network, config.train)
         network = self.network if runtime.world == 1 else DistributedDataParallel(self.network)
         self._forward = compiled(network, runtime)
-        self._update = CudaGraph(self._learn) if runtime.graphs and runtime.world == 1 else self._learn
+        alone_on_cuda = runtime.device.type == "cuda" and runtime.world == 1
+        self._update = CudaGraph(self._learn) if runtime.compile and alone_on_cuda else self._learn
 
     def step(self, number: int, lr: float) -> Tensor:
         """One step, of all processes together; the batch's mean loss [], nan if the step was skipped."""

@@ -7,9 +7,9 @@
 Every finished run is kept in peers.json, and the same command again goes on with what is missing.
 
 Settings, meant to be fair. All: the same images on the device, batch 64, gradient norm clipped at 1, the averaged
-weights sampled with 15 network evaluations and no guidance, 2,000 images with the same labels, measured against the
-same reference; the clock stops while images are measured. Steps compute in the precision of --precision auto for both.
-  ours         the defaults of config.py; each length of training is a run of its own, since the rate decays over a run
+weights sampled with 15 network evaluations and no guidance, --images images with the same labels, measured against the
+same reference. Steps compute in the precision of --precision auto for both.
+  ours         the defaults of config.py
   diffusers    UNet2DModel with widths 16-32-64 and attention at 7x7, one layer a block: about as many parameters as
                ours; given the label (num_class_embeds); DDPMScheduler squaredcos_cap_v2, noise prediction, T = 1000;
                AdamW at 1e-3 and its EMAModel with warm-up (inv_gamma 1, power 3/4, as its unconditional example);
@@ -22,7 +22,7 @@ import json
 import os
 import time
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -44,7 +44,6 @@ from support.cuda_graphs import compiled
 from support.runtime import Runtime
 
 STEPS, TIMESTEPS = 15, 1000  # network evaluations of an image; noise levels
-FRACTIONS = (0.25, 0.5, 1.0)  # of the minutes, at which quality is measured
 BATCH, CHUNK = 64, 250  # images in a training step of all, and in a call of the peers' networks when they sample
 
 
@@ -115,28 +114,25 @@ CONTENDERS: dict[str, Callable[..., Contender]] = {
     "ours": ours, "diffusers": diffusers, "diffusers v": partial(diffusers, prediction="v_prediction")}
 
 
-def train(contender: Contender, points: list[float], here: Runtime, clock: str) -> Iterator[tuple[float, int]]:
-    """Trains a new contender for the last of these minutes; yields each as it is reached, and the steps so far."""
+def train(contender: Contender, minutes: float, clock: str) -> int:
+    """Trains a new contender for these minutes; returns the number of steps."""
     def now() -> float:
         return time.perf_counter() if clock == "wall" else time.process_time() / torch.get_num_threads()
 
-    spent, steps = 0.0, 0
-    for point in points:
-        began = now()
-        while (seconds := spent + now() - began) < 60 * point:
-            contender.step(seconds / (60 * points[-1]))
-            steps += 1
-        here.synchronize()
-        spent += now() - began
-        yield point, steps
+    began, steps = now(), 0
+    while (progress := (now() - began) / (60 * minutes)) < 1:
+        contender.step(progress)
+        steps += 1
+    return steps
 
 
 def show(report: dict[str, Any]) -> str:
     """peers.json as a Markdown table."""
-    rows = [(row["name"], f"{row['parameters'] / 1e6:.2f} M", f"{row['gflop']:.3f}", f"{row['minutes']:g}",
-             f"{row['steps'] * BATCH / row['minutes'] / 60:,.0f}", *common.quality(row)) for row in report["quality"]]
+    rows = [(row["name"], f"{row['parameters'] / 1e6:.2f} M", f"{row['gflop']:.3f}",
+             f"{row['steps'] * BATCH / report['settings']['minutes'] / 60:,.0f}", *common.quality(row))
+            for row in report["quality"]]
     settings = ", ".join(f"{key} {value}" for key, value in report["settings"].items())
-    headings = ("", "parameters", "GFLOP per image", "minutes", "images/s", *common.QUALITY)
+    headings = ("", "parameters", "GFLOP per image", "images/s", *common.QUALITY)
     return f"{report['machine']}; {settings}\n\n{common.table(headings, rows)}"
 
 
@@ -155,28 +151,24 @@ def compare(options: Namespace, here: Runtime) -> dict[str, Any]:
             raise UserError(f"{options.out} was measured with other settings or on another machine: delete it, or "
                             "choose another --out")
 
-    minutes = [options.minutes * fraction for fraction in FRACTIONS]
     for name in options.only:
-        for points in [[point] for point in minutes] if name == "ours" else [minutes]:  # our rate decays over a run
-            kept = [row for row in report["quality"] if row["name"] != name or row["minutes"] not in points]
-            if len(report["quality"]) == len(kept) + len(points):
-                continue
-            report["quality"] = kept
-            torch.manual_seed(options.seed)
-            contender = CONTENDERS[name](images, here, options)
-            parameters, gflop = common.count(contender.network)
-            for point, steps in train(contender, points, here, options.clock):
-                row = {"name": name, "minutes": point, "steps": steps, "parameters": parameters, "gflop": gflop,
-                       **common.measured(reference, *contender.sample(options.images))}
-                print(f"{name}, {point:g} minutes: Fréchet {row['frechet']:.2f} x baseline", flush=True)
-                report["quality"].append(row)
-                options.out.write_text(json.dumps(report, indent=1) + "\n")
+        if any(row["name"] == name for row in report["quality"]):
+            continue
+        torch.manual_seed(options.seed)
+        contender = CONTENDERS[name](images, here, options)
+        parameters, gflop = common.count(contender.network)
+        steps = train(contender, options.minutes, options.clock)
+        row = {"name": name, "steps": steps, "parameters": parameters, "gflop": gflop,
+               **common.measured(reference, *contender.sample(options.images))}
+        print(f"{name}: Fréchet {row['frechet']:.2f} x baseline", flush=True)
+        report["quality"].append(row)
+        options.out.write_text(json.dumps(report, indent=1) + "\n")
     return report
 
 
 def main(argv: list[str]) -> None:
     parser = common.Parser(__doc__, "--data-dir", "--device", "--seed", "--threads", "--images")
-    parser.add_argument("--minutes", type=float, default=10, help="of training for each; measured at 1/4 and 1/2, too")
+    parser.add_argument("--minutes", type=float, default=10, help="of training for each")
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="cpu: the process's, over threads")
     parser.add_argument("--only", nargs="+", choices=CONTENDERS, default=list(CONTENDERS), help="train these alone")
     parser.add_argument("--out", type=Path, default=common.HERE / "peers.json", help="what is measured already is kept")

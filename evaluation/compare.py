@@ -11,6 +11,7 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from operator import methodcaller
 from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple, cast
@@ -26,8 +27,8 @@ from evaluation.evaluate import image_count, require_its_images
 from evaluation.reference import DECIDING, METRICS, Baseline, Measurement, Metric, Reference, make_reference, rows
 from sample import LoadedModel, SampleRequest, load_checkpoint, make_request, provenance, sample_images, warn_if_broken
 from support import checkpoint, plots
-from support.files import make_folder, write_bytes, write_results
-from support.runtime import Clock, Runtime
+from support.files import make_folder, write_atomically, write_results
+from support.runtime import Runtime
 
 SHOWN = 12  # pairs of images in compare.png
 ALIKE = 0.1  # relative difference in images seen, or in time, from which it is pointed out
@@ -60,7 +61,6 @@ class Difference(NamedTuple):
 
 def main(config: Config, runtime: Runtime) -> None:
     """Samples both sides, measures them alike, and says by how much b differs from a."""
-    clock = Clock(runtime)
     if config.runs is None:
         raise UserError("--mode compare: it needs two sides; add --runs A B, such as --runs pretrained mine")
     a, b = sides = [load_side(text, config, runtime) for text in config.runs]
@@ -73,13 +73,10 @@ def main(config: Config, runtime: Runtime) -> None:
         raise UserError(f"--dataset {config.dataset}: all images are of one class, and the metric that decides needs a "
                         "classifier of classes; look at --mode evaluate instead")
     runtime.say("\n".join(settings_differences(a, b)))
-    clock.lap("load")
     made: list[Reference] = []
     runtime.on_rank0(lambda: made.append(make_reference(config, train, test, a.requests[0].labels)))
-    clock.lap("measure real images")
     images = [[to_uint8(sample_images(model, request, progress=True)[0])
                for model, request in zip(side.models, side.requests)] for side in sides]
-    clock.lap("sample")
 
     def measure() -> list[Path]:
         for side, sampled in zip(sides, images):
@@ -90,8 +87,6 @@ def main(config: Config, runtime: Runtime) -> None:
 
     for path in runtime.on_rank0(measure):
         runtime.say(f"  {path}")
-    clock.lap("measure")
-    runtime.say(clock)
 
 
 def load_side(text: str, config: Config, runtime: Runtime) -> Side:
@@ -235,7 +230,8 @@ def report(sides: Sequence[Side], measured: Sequence[list[dict[str, Measurement]
     names = sides[0].name, sides[1].name
     intervals = [(each.metric.heading, each.metric.distance, each.change, each.low, each.high) for each in found]
     writers = {
-        "compare.json": lambda path: write_bytes(path, json.dumps(content, indent=1).encode()),
+        "compare.json": lambda path: write_atomically(
+            path, methodcaller("write", json.dumps(content, indent=1).encode())),
         "compare.png": lambda path: plots.save_comparison(path, (pictures[0][first], pictures[1][first]), names,
                                                           intervals, {"a": names[0], "b": names[1]})}
     return write_results(folder, writers)

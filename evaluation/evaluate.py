@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+from operator import methodcaller
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,8 +17,8 @@ from evaluation.reference import FEWEST, FEWEST_OF_CLASS, METRICS, Measured, Ref
 from evaluation.statistics import FEWEST_FOR_ERRORS, aligned
 from sample import LoadedModel, SampleRequest, announce, load_checkpoint, make_request, provenance, sample_images
 from support import checkpoint, plots
-from support.files import make_folder, set_aside, write_bytes, write_results
-from support.runtime import Clock, Runtime
+from support.files import make_folder, set_aside, write_atomically, write_results
+from support.runtime import Runtime
 
 COPIES = 0.03  # share of images nearer than the test set's nearest 1% from which copying is reported
 REPORT = ("metrics.json", "evaluation.png", "neighbours.png")
@@ -25,7 +26,6 @@ REPORT = ("metrics.json", "evaluation.png", "neighbours.png")
 
 def main(config: Config, runtime: Runtime) -> None:
     """Measures a checkpoint and writes a table, a report and pictures to its results folder."""
-    clock = Clock(runtime)
     asked = config.dataset
     config = dataset.settle(config, runtime)
     model = load_checkpoint(cast(Path, config.sample.checkpoint), runtime)
@@ -33,16 +33,11 @@ def main(config: Config, runtime: Runtime) -> None:
     train, test = dataset.load_both(config, runtime)
     require_its_images(model, describe(train, config.dataset), explicit=asked != "auto")
     announce(model, request)
-    clock.lap("load")
     made: list[Reference] = []
     runtime.on_rank0(lambda: made.append(make_reference(config, train, test, request.labels)))
-    clock.lap("measure real images")
     images = to_uint8(sample_images(model, request, progress=True)[0])
-    clock.lap(f"sample {len(images)}")
     for path in runtime.on_rank0(lambda: report(images, model, request, made[0])):
         runtime.say(f"  {path}")
-    clock.lap("measure")
-    runtime.say(clock)
 
 
 def image_count(wanted: int | None, model: LoadedModel, fewest: int = FEWEST) -> int:
@@ -92,7 +87,8 @@ def report(images: Tensor, model: LoadedModel, request: SampleRequest, reference
     if (old := keep_other_report(folder, identity)) is not None:
         print(f"The report of other settings or weights that was there is now in {old}.")
     writers = {
-        "metrics.json": lambda path: write_bytes(path, json.dumps(content, indent=1).encode()),
+        "metrics.json": lambda path: write_atomically(
+            path, methodcaller("write", json.dumps(content, indent=1).encode())),
         "neighbours.png": lambda path: save_neighbours(path, images, request.labels, neighbours, reference, source)}
     if reference.classifier is not None:
         writers["evaluation.png"] = lambda path: plots.save_evaluation(

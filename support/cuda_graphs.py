@@ -1,6 +1,5 @@
 """Compiled functions, and CUDA graphs, which launch many kernels at once."""
 
-import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,8 +8,6 @@ from torch import Tensor
 
 from config import UserError
 from support.runtime import Runtime
-
-_GRAPHS: weakref.WeakKeyDictionary[Any, dict[Any, "CudaGraph"]] = weakref.WeakKeyDictionary()  # of networks
 
 
 def compiled(function: Callable[..., Any], runtime: Runtime) -> Callable[..., Any]:
@@ -70,19 +67,6 @@ class CudaGraph:
         torch._foreach_copy_(self.inputs, arguments)
         self.graph.replay()
         return self.output.clone()
-
-
-def graphed(network: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """A network as CUDA graphs, one for each batch size and precision, which use the weights' current values."""
-    graphs, itself = _GRAPHS.setdefault(network, {}), weakref.ref(network)  # a graph that held it would keep both
-
-    def call(*arguments: Tensor) -> Tensor:
-        kind = len(arguments[0]), torch.is_autocast_enabled("cuda")
-        if kind not in graphs:
-            graphs[kind] = CudaGraph(lambda *inputs: itself()(*inputs))  # type: ignore[misc]
-        return graphs[kind](*arguments)
-
-    return call
 
 
 def side_by_side(works: Sequence[Callable[[], Any]], device: torch.device) -> None:

@@ -3,7 +3,6 @@
 import contextlib
 import errno
 import os
-import socket
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -12,7 +11,7 @@ import filelock
 
 from config import UserError
 
-LOCK, HOLDER = "lock", "lock-holder"  # in a run's folder; the second says which process holds the first
+LOCK = "lock"  # in a run's folder
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], Any], before: Callable[[Path], Any] | None = None) -> None:
@@ -59,10 +58,6 @@ def write_results(folder: Path, writers: Mapping[str, Callable[[Path], None]]) -
     return written
 
 
-def write_bytes(path: Path, content: bytes) -> None:
-    write_atomically(path, lambda file: file.write(content))
-
-
 def make_folder(path: Path) -> Path:
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -86,22 +81,15 @@ def set_aside(paths: list[Path], folder: Path) -> Path:
 @contextlib.contextmanager
 def lock(folder: Path) -> Iterator[None]:
     """Holds a run's folder; raises UserError if another process does. The system frees it when a process dies."""
-    path, holder = folder / LOCK, folder / HOLDER
+    path = folder / LOCK
     with contextlib.ExitStack() as held:
         try:
             held.enter_context(filelock.FileLock(path, timeout=0).acquire())
         except filelock.Timeout:
-            who = "an unknown process"
-            with contextlib.suppress(OSError):
-                who = holder.read_text("utf-8").strip()
-            raise UserError(f"another run of this name is going on ({who}, {folder}): wait, or choose another --name; "
-                            f"if that process has ended, delete {path}") from None
+            raise UserError(f"another run of this name is going on in {folder}: wait, or choose another --name; if "
+                            f"none is, delete {path}") from None
         except (OSError, NotImplementedError) as error:
             if isinstance(error, PermissionError) or getattr(error, "errno", None) == errno.EROFS:
                 raise UserError(f"{folder}: {error}; make it writable, or choose another --name") from None
             print(f"WARNING: {folder} can't be locked ({error}); don't start a second run of this name.", flush=True)
-        else:
-            with contextlib.suppress(OSError):
-                holder.write_text(f"process {os.getpid()} on {socket.gethostname()}", "utf-8")
-                held.callback(holder.unlink, missing_ok=True)
         yield

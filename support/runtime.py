@@ -1,4 +1,4 @@
-"""Where and how it runs: device, precision, memory, torchrun's processes, stop signals, the clock."""
+"""Where and how it runs: device, precision, memory, torchrun's processes and stop signals."""
 
 import contextlib
 import ctypes
@@ -8,7 +8,6 @@ import os
 import signal
 import tempfile
 import threading
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -32,11 +31,6 @@ class Runtime:
     compile: bool
     rank: int = 0
     world: int = 1
-
-    @property
-    def graphs(self) -> bool:
-        """Whether what is launched again and again is captured as a CUDA graph."""
-        return self.compile and self.device.type == "cuda"
 
     @property
     def chunk(self) -> int:
@@ -82,10 +76,6 @@ class Runtime:
         if self.world > 1:
             dist.all_reduce(box, dist.ReduceOp.MAX)
         return box.tolist()
-
-    def synchronize(self) -> None:
-        """Waits for the device, before a clock is read."""
-        torch.get_device_module(self.device).synchronize()
 
     def name(self) -> str:
         """The device in words, for messages."""
@@ -192,18 +182,3 @@ def stop_signals() -> Iterator[list[int]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-class Clock:
-    """The time of each phase, for one line at the end."""
-
-    def __init__(self, runtime: Runtime) -> None:
-        self.runtime, self.latest, self.laps = runtime, time.perf_counter(), list[str]()
-
-    def lap(self, phase: str) -> None:
-        self.runtime.synchronize()
-        before, self.latest = self.latest, time.perf_counter()
-        self.laps.append(f"{phase} {self.latest - before:.1f} s")
-
-    def __str__(self) -> str:
-        return f"Time: {', '.join(self.laps)}."

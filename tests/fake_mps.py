@@ -78,7 +78,7 @@ def pretended_mps() -> Iterator[None]:
     overwrites = torch.__future__.get_overwrite_module_params_on_conversion()
     torch.__future__.set_overwrite_module_params_on_conversion(True)  # else a parameter stays of its class
     try:
-        with (mock.patch.object(torch, "Generator", CpuGenerator), mock.patch("torch.mps.synchronize"), Pretence()):
+        with (mock.patch.object(torch, "Generator", CpuGenerator), Pretence()):
             yield
     finally:
         torch.__future__.set_overwrite_module_params_on_conversion(overwrites)

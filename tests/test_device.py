@@ -25,7 +25,7 @@ from evaluation import evaluate, reference
 from evaluation.classifier import load_classifier
 from model import UNet
 from optimizer import Muon, update_average
-from support import checkpoint, cuda_graphs, plots
+from support import checkpoint, plots
 from support.runtime import Runtime, make_runtime
 from tests.conftest import TINY, write_set
 from tests.fake_mps import MPS, FakeMps, pretended_mps
@@ -158,26 +158,6 @@ def test_the_average_by_hand(decay: float) -> None:
             assert torch.equal(average.weight, before)
         else:
             torch.testing.assert_close(average.weight, decay * before + (1 - decay) * network.weight)
-
-
-def test_a_graph_is_captured_once_and_goes_with_its_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    captured: list[Any] = []
-
-    def capture(function: Any) -> Any:
-        captured.append(seen := [])
-        return lambda x, t, label: seen.append(len(x)) or x + len(x)
-
-    monkeypatch.setattr(cuda_graphs, "CudaGraph", capture)
-    cuda_graphs._GRAPHS.clear()
-    network, other = nn.Linear(1, 1), nn.Linear(1, 1)
-    for module, sizes in ((network, (3, 6, 3)), (network, (6,)), (other, (3,))):
-        graphed = cuda_graphs.graphed(module)
-        for size in sizes:
-            assert torch.equal(graphed(torch.zeros(size), torch.zeros(size), torch.zeros(size)),
-                               torch.full((size,), size))
-    assert captured == [[3, 3], [6, 6], [3]] and len(cuda_graphs._GRAPHS) == 2
-    del network, other, module, graphed
-    assert len(cuda_graphs._GRAPHS) == 0
 
 
 def loss_of(network: UNet, data: LabelledImages) -> Tensor:
