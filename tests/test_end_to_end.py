@@ -6,7 +6,6 @@ It is trained, sampled from, killed, stopped, resumed, and run on two processes.
 import csv
 import os
 import signal
-import socket
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -77,7 +76,7 @@ def test_samples_have_their_convention_and_origin(there: Path, capsys: pytest.Ca
     text = Image.open(there / "results/idx/sample.png").text
     weights = checkpoint.weights_digest(checkpoint.load(there / "checkpoints/idx/last.safetensors")["ema"])
     assert text["weights"] == weights and text["seed"] == "5" and text["sampler"] == "ddim" and text["steps"] == "3"
-    assert ": 3 network evaluations an image." in capsys.readouterr().out
+    assert ": 4 network evaluations an image. Guidance 2.1 acts in 1 of 3 steps" in capsys.readouterr().out
 
 
 def test_number_is_written(there: Path) -> None:
@@ -194,8 +193,7 @@ def test_a_second_run_of_one_name_refuses(idx_folder: Path, tmp_path: Path, monk
     assert main(flags) == 2
     errors = capsys.readouterr().err
     assert "--name" in errors and len(errors.strip().splitlines()) == 1
-    assert (f"process {first.process.pid} on {socket.gethostname()}" in errors
-            and f"delete {Path('checkpoints/idx/lock')}" in errors)
+    assert f"delete {Path('checkpoints/idx/lock')}" in errors
     first.kill()
     again = start(tmp_path, *flags)  # the kill left no lock behind
     again.wait_for(lambda: "Resuming the run" in again.output and "loss=" in again.errors)
