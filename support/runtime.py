@@ -114,7 +114,7 @@ def make_runtime(config: Config, rank: int = 0, world: int = 1, local_rank: int 
         torch.cuda.set_device(device)  # of which fast_bf16 asks
         torch.set_float32_matmul_precision("high")  # TF32, where float32 is asked for
     bf16 = config.precision == "bf16" or config.precision == "auto" and gpu and fast_bf16(device)
-    # On a CPU compiling takes a minute and gains nothing for this model (benchmarks/README.md), so only on request.
+    # On a CPU compiling takes minutes to gain 11% (benchmarks/README.md), so only on request.
     compiles = config.compile == "on" or config.compile == "auto" and gpu
     usable_compiler_cache()
     return Runtime(device, bf16, compiles, rank, world)
