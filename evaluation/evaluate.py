@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 from operator import methodcaller
 from pathlib import Path
 from typing import Any, cast
@@ -42,9 +43,12 @@ def main(config: Config, runtime: Runtime) -> None:
 
 def image_count(wanted: int | None, model: LoadedModel, fewest: int = FEWEST) -> int:
     """The number of images to measure: `wanted`, else 10,000 or what two disjoint sets of training images allow."""
-    most = min(filter(None, model.data.get("classes", [])), default=10_000) * len(model.classes) // 2
-    block = 10 * len(model.classes)  # in which choose_labels has each class equally often
-    count = wanted or max(fewest, min(10_000, most // block * block))
+    smallest, block = min(filter(None, model.data.get("classes", [])), default=10_000), 10 * len(model.classes)
+    most = min(10_000, smallest * len(model.classes) // 2 // block * block)  # blocks of choose_labels
+    if wanted is None and most < fewest:
+        raise UserError(f"{model.path}: trained on too few images to measure it: its smallest class has {smallest:,}, "
+                        f"and {20 * math.ceil(fewest / block):,} are needed")
+    count = wanted or most
     if count < fewest:
         raise UserError(f"--num-images {count}: too few to measure; use at least {fewest:,}")
     return count

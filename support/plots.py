@@ -192,10 +192,10 @@ def save_comparison(path: Path, pairs: tuple[ArrayLike, ArrayLike], names: tuple
         figure.figimage(np.dstack([page] * 3), 0, height - len(page))  # RGB, so that each grey level stays
         figure.get_layout_engine().set(rect=(0, 0, 1, 1 - len(page) / height))
         for axes, part, unit in zip(figure.subplots(1, 2), parts, ("distances: change (%)", "shares: change (points)")):
-            for name, _, change, low, high in part:  # cut off at 100 on either side, where an arrow points on
+            for name, _, change, low, high in part:  # beyond 100 an interval leaves the picture, a change is an arrow
                 marker = ">" if change > 1 else "<" if change < -1 else "o"
-                axes.plot(np.clip([100 * low, 100 * change, 100 * high], -100, 100), [name] * 3, f"{marker}-",
-                          markevery=[1], color=BLUE if low > 0 or high < 0 else GREY, linewidth=3)
+                axes.plot(100 * np.clip([low, change, high], (-1.06, -1, -1.06), (1.06, 1, 1.06)), [name] * 3,
+                          f"{marker}-", markevery=[1], color=BLUE if low > 0 or high < 0 else GREY, linewidth=3)
             axes.axvline(0, **LANDMARK)
             limit = min(105, max([1, *(110 * abs(end) for row in part for end in row[2:])]))
             axes.set(xlim=(-limit, limit), ylim=(len(part) - 0.4, -0.6), xlabel=f"{unit} from upper to lower")

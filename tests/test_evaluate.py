@@ -126,22 +126,31 @@ def test_what_can_not_be_measured_is_refused(flags: list[str], said: str, untrai
 
 @pytest.mark.parametrize("classes, fewest, expected", [
     ([6000] * 10, 200, 10_000), ([900] * 10, 200, 4500), ([0, 300, 250, 0], 200, 240), ([0, 900, 850], 200, 840),
-    ([900, 100] + [900] * 8, 200, 500), ([30] * 10, 200, 200), ([900] * 10, 2000, 4500), ([300] * 10, 2000, 2000),
-    ([151] * 3, 200, 210), ([134] * 3, 200, 200), ([433] * 7, 200, 1470), ([7000] * 3, 200, 10_000)])
+    ([900, 100] + [900] * 8, 200, 500), ([900] * 10, 2000, 4500),
+    ([400] * 10, 2000, 2000), ([151] * 3, 200, 210), ([433] * 7, 200, 1470), ([7000] * 3, 200, 10_000)])
 def test_unless_told_as_many_images_are_measured_as_the_data_allow(classes: list[int], fewest: int,
                                                                    expected: int) -> None:
-    """All that the baseline accepts, up to 10,000; for data that are too few, it says so itself."""
+    """All that the baseline accepts, up to 10,000."""
     model = Mock(data={"classes": classes}, classes=[k for k, count in enumerate(classes) if count])
     assert evaluate.image_count(None, model, fewest) == expected
     assert evaluate.image_count(fewest + 1, model, fewest) == fewest + 1
     with pytest.raises(UserError, match=f"--num-images 9: too few to measure; use at least {fewest:,}"):
         evaluate.image_count(9, model, fewest)
     real = torch.arange(len(classes)).repeat_interleave(torch.tensor(classes))
-    enough = expected > fewest  # so that it is not the least that it asks for
-    for count, fits in ((expected, enough), (expected + 100, enough and expected == 10_000)):
+    for count, fits in ((expected, True), (expected + 100, expected == 10_000)):
         labels = choose_labels(None, 0, range(count), model.classes)
         with contextlib.nullcontext() if fits else pytest.raises(UserError, match="too few real images"):
             assert len(baseline_sets(real, labels)) >= 2
+
+
+@pytest.mark.parametrize("classes, fewest, needed", [([200] * 10, 2000, 400), ([30] * 10, 200, 40),
+                                                     ([139] * 3, 200, 140), ([399, 500] * 5, 2000, 400)])
+def test_data_that_are_too_few_to_measure_are_named(classes: list[int], fewest: int, needed: int) -> None:
+    for smallest in (min(classes), needed):
+        model = Mock(data={"classes": [max(count, smallest) for count in classes]}, classes=[*range(len(classes))])
+        expected = pytest.raises(UserError, match=f"smallest class has {smallest}, and {needed} are needed")
+        with expected if smallest < needed else contextlib.nullcontext():
+            assert evaluate.image_count(None, model, fewest) >= fewest
 
 
 def test_weights_of_another_network_are_refused(untrained: list[str], capsys: Capture) -> None:
