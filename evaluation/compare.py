@@ -199,7 +199,7 @@ def conclusion(sides: Sequence[Side], found: Sequence[Difference]) -> str:
              "misses the true change by chance."]
     if len(a.models) + len(b.models) > 2:
         change = math.expm1(statistics.detectable(deciding.error, deciding.freedom))
-        lines.append("The spread between trainings is estimated from these and 8 earlier ones "
+        lines.append("The spread between trainings is estimated from these and from 8 of the default recipe "
                      f"({deciding.freedom:.0f} degrees of freedom). Four of five such comparisons find a true "
                      f"difference of {change:.0%}.")
     elif a.models[0].digest == b.models[0].digest:
