@@ -24,6 +24,9 @@ ROOT = Path(__file__).resolve().parent  # where the code and what ships with it 
 class UserError(Exception):
     """A failure that the user can fix: one line that names the thing, what is wrong with it, and what to do."""
 
+    def __str__(self) -> str:  # names in a damaged file may hold anything, line ends too
+        return "".join(letter if letter.isprintable() else "?" for letter in super().__str__())
+
 
 UNSET: Any = tyro.conf.arg(help_behavior_hint="")  # no "(default: None)" in --help
 Channels = Annotated[int, Ge(1), Le(4096)]
@@ -234,8 +237,8 @@ def network_settings(values: Any) -> tuple[ModelConfig, str]:
     flat(values)  # raises unless they are settings
     network = LEGACY["model"] | values.get("model", {})
     if unknown := sorted(network.keys() - ModelConfig.__dataclass_fields__.keys()):
-        raise UserError(f"its network has settings that this version does not know ({', '.join(unknown):.200}): use "
-                        "the version that wrote it, or train again")
+        raise UserError("its network has settings that this version does not know "
+                        f"({', '.join(map(repr, unknown)):.200}): use the version that wrote it, or train again")
     prediction = values.get("diffusion", {}).get("prediction", "v")
     config = validate(_checked({"model": network, "diffusion": {"prediction": prediction}}))
     return config.model, config.diffusion.prediction

@@ -329,7 +329,7 @@ def test_sampling_after_a_knob_was_deleted_from_the_code(own_folder: Path, monke
 
 
 DAMAGES = [
-    (lambda d: d.update(extra=1), "extra"), (lambda d: d["model"].update(refiner=40), "refiner"),
+    (lambda d: d.update(extra=1), "extra"), (lambda d: d["model"].update({"refiner\n": 40}), "refiner"),
     (lambda d: d.update(seed="0"), "--seed 0"), (lambda d: d["model"].update(channels="all"), "--channels all"),
     (lambda d: d.update({f"a\n{i}": 1 for i in range(999)}), "a.n0"), (lambda d: d.update(device="x"), "device"),
     (lambda d: d.update(dataset="\x1b[31m\n" * 99), "--dataset"), (lambda d: d.update(model=3), "not as this project"),
@@ -351,8 +351,9 @@ def test_a_damaged_stored_config_is_named(damage, said: str) -> None:
 def test_a_damaged_config_of_the_network_is_named_when_sampling(damage, said: str) -> None:
     stored = configs.stored(Config())
     damage(stored)
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=said) as caught:
         configs.network_settings(stored)
+    assert str(caught.value).isprintable()
 
 
 def test_differences_are_those_that_matter() -> None:
