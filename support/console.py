@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from typing import Any
 
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-# Where this process stands among those that torchrun started; by default it is alone.
 Place = namedtuple("Place", "rank world local_rank local_world", defaults=(0, 1, 0, 1))
 
 

@@ -11,7 +11,7 @@ import filelock
 
 from config import UserError
 
-LOCK = "lock"  # in a run's folder
+LOCK, HOLDER = "lock", "lock-holder"  # in a run's folder; the second says which process holds the first
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], Any], before: Callable[[Path], Any] | None = None) -> None:
@@ -81,15 +81,22 @@ def set_aside(paths: list[Path], folder: Path) -> Path:
 @contextlib.contextmanager
 def lock(folder: Path) -> Iterator[None]:
     """Holds a run's folder; raises UserError if another process does. The system frees it when a process dies."""
-    path = folder / LOCK
+    path, holder = folder / LOCK, folder / HOLDER
     with contextlib.ExitStack() as held:
         try:
             held.enter_context(filelock.FileLock(path, timeout=0).acquire())
         except filelock.Timeout:
-            raise UserError(f"another run of this name is going on in {folder}: wait, or choose another --name; if "
-                            f"none is, delete {path}") from None
+            who = "an unknown process"
+            with contextlib.suppress(OSError):
+                who = holder.read_text("utf-8").strip()
+            raise UserError(f"another run of this name is going on ({who}, {folder}): wait, or choose another --name; "
+                            f"if that process has ended, delete {path}") from None
         except (OSError, NotImplementedError) as error:
             if isinstance(error, PermissionError) or getattr(error, "errno", None) == errno.EROFS:
                 raise UserError(f"{folder}: {error}; make it writable, or choose another --name") from None
             print(f"WARNING: {folder} can't be locked ({error}); don't start a second run of this name.", flush=True)
+        else:
+            with contextlib.suppress(OSError):
+                holder.write_text(f"process {os.getpid()} on {os.uname().nodename}", "utf-8")
+                held.callback(holder.unlink, missing_ok=True)
         yield

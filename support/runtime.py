@@ -19,8 +19,6 @@ import torch.distributed as dist
 from config import Config, Precision, UserError
 from support import console
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's numbers, in malloc.h
-
 
 @dataclass(frozen=True)
 class Runtime:
@@ -132,8 +130,8 @@ def keep_freed_memory() -> None:
     """Tells glibc to keep freed memory: else each training step gets 30 MB anew, page by page, a tenth of its time."""
     with contextlib.suppress(OSError, TypeError, AttributeError):  # where there is no glibc
         libc = ctypes.CDLL(None)
-        libc.mallopt(M_TRIM_THRESHOLD, 1 << 30)
-        libc.mallopt(M_MMAP_THRESHOLD, 1 << 25)  # the highest that it accepts
+        libc.mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD, by malloc.h
+        libc.mallopt(-3, 1 << 25)  # M_MMAP_THRESHOLD: the highest that it accepts
 
 
 def usable_compiler_cache() -> None:

@@ -524,7 +524,7 @@ def test_lock_refuses_a_second_run_until_the_first_ends(tmp_path: Path) -> None:
     code = HOLDER.format(root=str(Path(__file__).resolve().parent.parent), path=str(folder))
     holder = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert holder.stdout is not None and holder.stdin is not None and holder.stdout.readline() == "held\n"
-    with pytest.raises(UserError, match="another run of this name is going on in .*mnist: "
+    with pytest.raises(UserError, match=f"another run of this name is going on .process {holder.pid} on .*mnist.: "
                                         "wait, or choose another --name; .*delete .*lock"):
         files.lock(folder).__enter__()
     holder.kill()  # the system frees the lock

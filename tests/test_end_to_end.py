@@ -6,6 +6,7 @@ It is trained, sampled from, killed, stopped, resumed, and run on two processes.
 import csv
 import os
 import signal
+import socket
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -193,7 +194,8 @@ def test_a_second_run_of_one_name_refuses(idx_folder: Path, tmp_path: Path, monk
     assert main(flags) == 2
     errors = capsys.readouterr().err
     assert "--name" in errors and len(errors.strip().splitlines()) == 1
-    assert f"delete {Path('checkpoints/idx/lock')}" in errors
+    assert (f"process {first.process.pid} on {socket.gethostname()}" in errors
+            and f"delete {Path('checkpoints/idx/lock')}" in errors)
     first.kill()
     again = start(tmp_path, *flags)  # the kill left no lock behind
     again.wait_for(lambda: "Resuming the run" in again.output and "loss=" in again.errors)

@@ -508,12 +508,13 @@ def test_a_file_system_that_cannot_lock(number: int, own_folder: Path, flags: li
 
 
 def test_a_lock_whose_holder_is_gone(own_folder: Path, flags: list[str], capsys: Capture) -> None:
-    """As after a requeue on another host: the line says which file to delete."""
+    """As after a requeue on another host: the line says whose it was, and which file to delete."""
     LAST.parent.mkdir(parents=True)
     with files.lock(LAST.parent):
+        (LAST.parent / files.HOLDER).write_text("process 7 on elsewhere")
         line = refused(flags, capsys)
         lock = LAST.parent / files.LOCK
-        assert f"going on in {LAST.parent}" in line and line.endswith(f"delete {lock}")
+        assert f"process 7 on elsewhere, {LAST.parent}" in line and line.endswith(f"delete {lock}")
         lock.unlink()
         assert main([*flags, "--epochs", "1"]) == 0 and LAST.exists()
 
@@ -716,8 +717,7 @@ def test_ctrl_c_ends_the_other_modes_too(mode: str, there: Path) -> None:
                     "--num-images", number, "--steps", "100", changes=changes)
     program.wait_for(lambda: re.search(r" [1-9]\d*/\d", program.errors) or "hanging" in program.errors)
     program.signal(signal.SIGINT)
-    program.finish(130)
-    assert not program.lines()
+    assert "  results" not in program.finish(130) and not program.lines()
 
 
 # Several processes
