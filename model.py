@@ -25,6 +25,14 @@ class GroupNorm(nn.GroupNorm):
         return super().forward(x.to(self.weight.dtype))
 
 
+class Embedding(nn.Embedding):
+    """By a product with a one-hot: a GPU adds the gradients of a lookup in an order that changes from run to run."""
+
+    def forward(self, index: Tensor) -> Tensor:
+        one_hot = index[:, None] == torch.arange(self.num_embeddings, device=index.device)  # [B, N]
+        return (one_hot[:, :, None] * self.weight).sum(1)  # [B, width]; not a matrix product, which may be in bfloat16
+
+
 class ResidualBlock(nn.Module):
     """x + conv(act(scale, shift(norm(conv(act(norm(x))))))), as in arXiv 2105.05233, at one resolution."""
 
@@ -86,7 +94,7 @@ class UNet(nn.Module):
         super().__init__()
         channels, width = config.channels, config.embedding
         self.time = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
-        self.label = nn.Embedding(NO_LABEL + 1, width)
+        self.label = Embedding(NO_LABEL + 1, width)
         self.stem = nn.Conv2d(1, channels[0], 3, padding=1)
 
         self.down, self.up, self.shrink, self.grow = (nn.ModuleList() for _ in range(4))
