@@ -5,14 +5,14 @@ A step whose loss or gradient is not `finite` changes nothing. The device decide
 
 import math
 from collections.abc import Sequence
-from functools import partial
+from functools import cache
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from config import TrainConfig
-from support.cuda_graphs import side_by_side
 
 MOMENTUM = 0.95
 ITERATIONS, COEFFICIENTS = 5, (3.4445, -4.7750, 2.0315)  # of Newton and Schulz, as in torch.optim.Muon
@@ -64,7 +64,11 @@ class Optimizer:
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon with Nesterov momentum, as torch.optim.Muon, for 4-D weights; all of one shape at once."""
+    """Muon with Nesterov momentum, as torch.optim.Muon, for 4-D weights.
+
+    On a CPU all weights of one shape move at once. Elsewhere, where a kernel takes longer to launch than to compute,
+    all weights do: as matrices of one size, the smaller ones with zeros around them, which change nothing.
+    """
 
     found_inf: Tensor
 
@@ -73,34 +77,61 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """One update of every weight that has a gradient."""
         for group in self.param_groups:
-            alike: dict[torch.Size, list[nn.Parameter]] = {}
+            alike: dict[torch.Size | None, list[nn.Parameter]] = {}
             for weight in group["params"]:
                 if weight.grad is not None:
-                    alike.setdefault(weight.shape, []).append(weight)
-            side_by_side([partial(self.move, weights, group) for weights in alike.values()], self.found_inf.device)
+                    alike.setdefault(weight.shape if weight.is_cpu else None, []).append(weight)
+            for weights in alike.values():
+                self.move(weights, group)
 
     def move(self, weights: Sequence[nn.Parameter], group: dict[str, Any]) -> None:
-        """One update of weights that have one shape [a, b, k, k]."""
+        """One update of weights [a, b, k, k], here matrices [a, k * k * b], all numbers one behind the other."""
         for weight in weights:
             if not self.state[weight]:
                 self.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
         gradients = [cast(Tensor, weight.grad) for weight in weights]
         buffers = [self.state[weight]["momentum_buffer"] for weight in weights]
-        old, grads, momenta = (torch.stack([each.permute(0, 2, 3, 1).flatten(1) for each in tensors])
-                               for tensors in (weights, gradients, buffers))  # [N, a, k * k * b]
+        numbers = torch.cat([each.permute(0, 2, 3, 1).flatten() for each in (*weights, *gradients, *buffers)])
+        old, grads, momenta = numbers.chunk(3)  # each [n]
         new_momenta = momenta.lerp(grads, 1 - MOMENTUM)
-        change = orthogonalized(grads.lerp(new_momenta, MOMENTUM))
-        lr, scale = group["lr"], 0.2 * max(old.shape[1:]) ** 0.5
-        new = old * (1 - lr * group["weight_decay"]) - lr * scale * change
-        finite = self.found_inf == 0
-        results = (*torch.where(finite, new, old), *torch.where(finite, new_momenta, momenta))
-        targets = [each.permute(0, 2, 3, 1) for each in (*weights, *buffers)]  # [a, k, k, b]
-        torch._foreach_copy_(targets, [matrix.view_as(targets[0]) for matrix in results])
+        shapes = tuple((len(weight), weight[0].numel()) for weight in weights)
+        lr, change = group["lr"], orthogonal_change(grads.lerp(new_momenta, MOMENTUM), shapes)
+        new = old * (1 - lr * group["weight_decay"]) - lr * change
+        finite, sizes = self.found_inf == 0, [weight.numel() for weight in weights]
+        results = (*torch.where(finite, new, old).split(sizes),
+                   *torch.where(finite, new_momenta, momenta).split(sizes))
+        targets = [each.permute(0, 2, 3, 1) for each in (*weights, *buffers)]  # each [a, k, k, b]
+        torch._foreach_copy_(targets, [result.view_as(target) for result, target in zip(results, targets)])
+
+
+def orthogonal_change(directions: Tensor, shapes: tuple[tuple[int, int], ...]) -> Tensor:
+    """Orthogonalized matrices of these shapes, scaled to AdamW's size (2502.16982, eq. 4); all [n], in one row."""
+    if len(set(shapes)) == 1:
+        return 0.2 * max(shapes[0]) ** 0.5 * orthogonalized(directions.view(-1, *shapes[0])).flatten()
+    sources, places, scales = padding(shapes, directions.device)
+    return (scales * orthogonalized(F.pad(directions, (0, 1))[sources])).flatten()[places]
+
+
+@cache  # a captured CUDA graph goes on reading them
+def padding(shapes: tuple[tuple[int, int], ...], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """To lay matrices of these shapes, n numbers in one row, into N matrices [a, b] of one size, and back.
+
+    Which number belongs into each place of [N, a, b], n for none; the places [n] of the numbers among N * a * b; and
+    the scale of each matrix [N, 1, 1].
+    """
+    sizes = [a * b for a, b in shapes]
+    sources = torch.full((len(shapes), *map(max, zip(*shapes))), sum(sizes))
+    for matrix, (a, b), numbers in zip(sources, shapes, torch.arange(sum(sizes)).split(sizes)):
+        matrix[:a, :b] = numbers.view(a, b)
+    places = (sources.flatten() < sum(sizes)).nonzero().flatten()
+    scales = torch.tensor([0.2 * max(shape) ** 0.5 for shape in shapes])[:, None, None]
+    return sources.to(device), places.to(device), scales.to(device)
 
 
 def orthogonalized(matrices: Tensor) -> Tensor:
-    """Approximately U V' of each matrix U S V' [N, a, b], in bfloat16, by the Newton-Schulz iteration."""
+    """Approximately U V' of each matrix U S V' [N, a, b], by the Newton-Schulz iteration in bfloat16."""
     a, b, c = COEFFICIENTS
     tall = matrices.shape[1] > matrices.shape[2]
     x = (matrices.mT if tall else matrices).bfloat16()
@@ -108,7 +139,7 @@ def orthogonalized(matrices: Tensor) -> Tensor:
     for _ in range(ITERATIONS):
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.mT if tall else x
+    return (x.mT if tall else x).float()
 
 
 def learning_rate(options: TrainConfig, step: int, progress: float) -> float:

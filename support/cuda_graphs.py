@@ -1,6 +1,6 @@
 """Compiled functions, and CUDA graphs, which launch many kernels at once."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -67,18 +67,3 @@ class CudaGraph:
         torch._foreach_copy_(self.inputs, arguments)
         self.graph.replay()
         return self.output.clone()
-
-
-def side_by_side(works: Sequence[Callable[[], Any]], device: torch.device) -> None:
-    """Does all of it; in a CUDA graph on a stream each, since small kernels leave a GPU idle."""
-    if device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
-        for work in works:
-            work()
-        return
-    here, streams = torch.cuda.current_stream(), [torch.cuda.Stream() for _ in works]
-    for work, stream in zip(works, streams):
-        stream.wait_stream(here)
-        with torch.cuda.stream(stream):
-            work()
-    for stream in streams:
-        here.wait_stream(stream)

@@ -127,9 +127,12 @@ def parameters(shapes: list[tuple[int, ...]],
     return [nn.Parameter(torch.randn(shape, generator=random).to(memory_format=layout)) for shape in shapes]
 
 
+@pytest.mark.parametrize("together", [False, True])
 @pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
-def test_muon_is_torchs_on_matrices_of_many_shapes(layout: torch.memory_format) -> None:
-    ours = parameters([(8, 16, 3, 3), (24, 8, 1, 1), (8, 16, 3, 3), (16, 8, 2, 2), (8, 16, 3, 3)], layout)
+def test_muon_is_torchs_on_matrices_of_many_shapes(layout: torch.memory_format, together: bool) -> None:
+    """Wide, tall and square, each shape by itself or all as matrices of one size, as on a GPU."""
+    shapes = [(8, 16, 3, 3), (24, 8, 1, 1), (8, 16, 3, 3), (16, 4, 2, 2), (8, 16, 3, 3), (40, 8, 2, 2)]
+    ours = parameters(shapes, layout)
     theirs = [nn.Parameter(p.detach().permute(0, 2, 3, 1).flatten(1).clone()) for p in ours]
     options = {"lr": 0.02, "weight_decay": 0.1}
     muon, expected = Muon(ours, **options), torch.optim.Muon(theirs, adjust_lr_fn="match_rms_adamw", **options)
@@ -139,7 +142,11 @@ def test_muon_is_torchs_on_matrices_of_many_shapes(layout: torch.memory_format) 
             own.grad = torch.randn(own.shape, generator=random).to(memory_format=layout)
             other.grad = own.grad.permute(0, 2, 3, 1).flatten(1)
         muon.found_inf = torch.tensor(0.0)
-        muon.step()
+        if together:
+            with torch.no_grad():
+                muon.move(ours, muon.param_groups[0])
+        else:
+            muon.step()
         expected.step()
         for own, other in zip(ours, theirs):
             torch.testing.assert_close(own.permute(0, 2, 3, 1).flatten(1), other, rtol=0, atol=1e-3)
