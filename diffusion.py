@@ -6,8 +6,8 @@ t = T is noise, and the network is trained on t in 1..T. The network is any call
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cache, cached_property, lru_cache
+from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -31,6 +31,7 @@ class NoiseSchedule:
     alpha_bar: Tensor
     prediction: str = "v"
     weighting: str = "none"
+    tables: dict[torch.device, dict[str, Tensor]] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def timesteps(self) -> int:
@@ -53,16 +54,32 @@ class NoiseSchedule:
         high, low = (int((self.alpha_bar[1:] > edge).sum()) for edge in FOCUS)
         return low, high
 
-    def at(self, values: Tensor, t: Tensor) -> Tensor:
-        """Float32 values of per-timestep constants at t int64 [B], as [B, 1, 1, 1] on t's device."""
-        return _on_device(values, t.device)[t][:, None, None, None]
+    @cached_property
+    def loss_weights(self) -> Tensor:
+        """Weight of the prediction's squared error at each t.
 
+        "none": 1. "snr": x0's squared error is weighted by SNR, which is the unweighted noise loss of 2006.11239,
+        eq. 14. "min-snr": x0's squared error is weighted by min(SNR, 5) (2303.09556, section 3.4).
+        """
+        if self.weighting == "none":
+            return torch.ones_like(self.alpha_bar)
+        snr = self.snr.clone()
+        snr[0] = snr[1]  # t = 0 is never trained on; keep it finite
+        wanted = {"snr": snr, "min-snr": snr.clamp(max=MIN_SNR_GAMMA)}[self.weighting]
+        # Squared errors: x0's is the noise's over SNR, and v's over SNR + 1.
+        return wanted / {"noise": snr, "x0": torch.ones_like(snr), "v": snr + 1}[self.prediction]
 
-@cache  # a captured CUDA graph goes on reading them
-def _on_device(values: Tensor, device: torch.device) -> Tensor:
-    """A float32 copy on a device, made once: a copy in each training step would wait for the GPU."""
-    with torch.inference_mode(False):  # it may be made while sampling and used in training
-        return values.float().to(device)  # in this order, since Apple GPUs have no float64
+    def at(self, name: str, t: Tensor) -> Tensor:
+        """Float32 values of alpha, sigma or loss_weights at t int64 [B], as [B, 1, 1, 1] on t's device."""
+        if t.device not in self.tables:
+            self.copy_to(t.device)
+        return self.tables[t.device][name][t][:, None, None, None]
+
+    def copy_to(self, device: torch.device) -> None:
+        """Copies there what training reads, once: a copy in each step would wait for a GPU."""
+        with torch.inference_mode(False):  # it may be made while sampling and used in training
+            self.tables[device] = {name: getattr(self, name).float().to(device)  # Apple GPUs have no float64
+                                   for name in ("alpha", "sigma", "loss_weights")}
 
 
 def make_schedule(config: DiffusionConfig) -> NoiseSchedule:
@@ -81,7 +98,7 @@ def make_schedule(config: DiffusionConfig) -> NoiseSchedule:
 
 def add_noise(schedule: NoiseSchedule, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
     """A sample x_t of q(x_t | x_0) (2006.11239, eq. 4). x0, noise [B, 1, H, W]; t int64 [B] in 0..T."""
-    return schedule.at(schedule.alpha, t) * x0 + schedule.at(schedule.sigma, t) * noise
+    return schedule.at("alpha", t) * x0 + schedule.at("sigma", t) * noise
 
 
 def posterior(schedule: NoiseSchedule, x0: Tensor, x_t: Tensor, t: int, s: int) -> tuple[Tensor, float]:
@@ -105,7 +122,7 @@ def target(schedule: NoiseSchedule, x0: Tensor, t: Tensor, noise: Tensor) -> Ten
     if schedule.prediction == "x0":
         return x0
     if schedule.prediction == "v":
-        return schedule.at(schedule.alpha, t) * noise - schedule.at(schedule.sigma, t) * x0
+        return schedule.at("alpha", t) * noise - schedule.at("sigma", t) * x0
     raise UserError(f"--prediction {schedule.prediction}: there is no such target; add it to target and predicted_x0")
 
 
@@ -117,22 +134,6 @@ def predicted_x0(schedule: NoiseSchedule, prediction: Tensor, x_t: Tensor, t: in
     if schedule.prediction == "x0":
         return prediction
     return alpha * x_t - sigma * prediction
-
-
-@lru_cache(maxsize=8)
-def loss_weights(schedule: NoiseSchedule) -> Tensor:
-    """Weight of the prediction's squared error at each t, float64 [T+1].
-
-    "none": 1. "snr": x0's squared error is weighted by SNR, which is the unweighted noise loss of 2006.11239, eq. 14.
-    "min-snr": x0's squared error is weighted by min(SNR, 5) (2303.09556, section 3.4).
-    """
-    if schedule.weighting == "none":
-        return torch.ones_like(schedule.alpha_bar)
-    snr = schedule.snr.clone()
-    snr[0] = snr[1]  # t = 0 is never trained on; keep it finite
-    wanted = {"snr": snr, "min-snr": snr.clamp(max=MIN_SNR_GAMMA)}[schedule.weighting]
-    # Squared errors: x0's is the noise's over SNR, and v's over SNR + 1.
-    return wanted / {"noise": snr, "x0": torch.ones_like(snr), "v": snr + 1}[schedule.prediction]
 
 
 def diffusion_loss(network: Network, schedule: NoiseSchedule, x0: Tensor, labels: Tensor, t: Tensor,
@@ -147,7 +148,7 @@ def diffusion_loss(network: Network, schedule: NoiseSchedule, x0: Tensor, labels
     if clip:
         outwards = x0 if schedule.prediction == "x0" else -x0  # a larger noise or v stands for a smaller x0
         error = error.masked_fill((outwards * error > 0) & (x0.abs() >= 1), 0)
-    return schedule.at(loss_weights(schedule), t).flatten() * error.square().flatten(1).mean(1)
+    return schedule.at("loss_weights", t).flatten() * error.square().flatten(1).mean(1)
 
 
 def stratified_timesteps(timesteps: int, batch_size: int, offset: Tensor, share: float = 0.0,

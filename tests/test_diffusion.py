@@ -13,7 +13,6 @@ from diffusion import (
     NoiseSchedule,
     add_noise,
     diffusion_loss,
-    loss_weights,
     make_denoiser,
     make_schedule,
     posterior,
@@ -245,7 +244,7 @@ def test_weight_per_timestep(prediction):
     """Each weighting is a weight on x0's squared error; what multiplies the prediction's follows from its Jacobian."""
     for weighting in WEIGHTINGS:
         schedule = schedule_of("linear", 1000, prediction, weighting)
-        weights = loss_weights(schedule)
+        weights = schedule.loss_weights
         assert weights.shape == (1001,) and weights.dtype == torch.float64
         assert torch.isfinite(weights).all() and (weights > 0).all()
         for t in (1, 10, 300, 1000):
@@ -258,9 +257,9 @@ def test_weight_per_timestep(prediction):
 
 def test_weights_that_the_papers_name():
     ones = torch.ones(1001, dtype=torch.float64)
-    plain = loss_weights(schedule_of(prediction="noise", weighting="snr"))  # 2006.11239, eq. 14
+    plain = schedule_of(prediction="noise", weighting="snr").loss_weights  # 2006.11239, eq. 14
     torch.testing.assert_close(plain, ones)
-    capped = loss_weights(schedule_of("linear", prediction="noise", weighting="min-snr"))  # 2303.09556
+    capped = schedule_of("linear", prediction="noise", weighting="min-snr").loss_weights  # 2303.09556
     snr = schedule_of("linear").snr[1:]
     torch.testing.assert_close(capped[1:], (MIN_SNR_GAMMA / snr).clamp(max=1))
 
@@ -313,7 +312,7 @@ def test_loss_is_per_image_float32_and_zero_for_the_right_answer(prediction, wei
 
     loss = diffusion_loss(network, schedule, x0, labels, t, noise)
     assert loss.shape == (5,) and loss.dtype == torch.float32 and (loss > 0).all() and torch.isfinite(loss).all()
-    expected = loss_weights(schedule)[t] * target(schedule, x0, t, noise).double().square().flatten(1).mean(1)
+    expected = schedule.loss_weights[t] * target(schedule, x0, t, noise).double().square().flatten(1).mean(1)
     torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=0)
     (x, times, label), = seen
     torch.testing.assert_close(x, add_noise(schedule, x0, t, noise))
@@ -330,7 +329,7 @@ def test_clipped_loss_forgives_what_sampling_clips(prediction):
     x0_hat = x0 + 0.4 * noise_like(x0, 3)
     noise = noise_like(x0)
     x_t = add_noise(schedule, x0, t, noise)
-    alpha, sigma = (schedule.at(part, t) for part in (schedule.alpha, schedule.sigma))
+    alpha, sigma = (schedule.at(part, t) for part in ("alpha", "sigma"))
 
     def loss(x0_hat, clip):
         implied = (x_t - alpha * x0_hat) / sigma  # the noise that goes with x_t and x0_hat
@@ -350,7 +349,7 @@ def test_zero_terminal_snr_stays_finite(prediction, weighting):
     schedule = zero_terminal(prediction, weighting)
     x0, t = images(3), torch.tensor([1, 25, 50])
     noise = noise_like(x0)
-    assert torch.isfinite(loss_weights(schedule)).all()
+    assert torch.isfinite(schedule.loss_weights).all()
     loss = diffusion_loss(lambda x, t, label: x * 0.3, schedule, x0, torch.zeros(3).long(), t, noise)
     assert torch.isfinite(loss).all()
     assert torch.equal(add_noise(schedule, x0, t, noise)[2], noise[2])
