@@ -86,6 +86,7 @@ class TrainConfig:
     focus: Annotated[float, Ge(0), Lt(1)] = 0.7  # share of a batch drawn from alpha_bar 0.1 to 0.65
     label_dropout: Share = 0.05  # share of images trained without their label
     preview: Annotated[int, Ge(0), Le(1024)] = 64  # images in each preview grid during training; 0: none
+    deterministic: bool = True  # on a GPU too, a seed gives the same weights, bit for bit; it may cost some speed
     fresh: bool = False  # start over; old checkpoints and results are kept in old1/, old2/, ...
     same_code: bool = False  # continue a run although the code changed: safe for comments and renames
 
@@ -135,7 +136,7 @@ KNOBS = {name: "" for name in Config.__dataclass_fields__ if name not in GROUPS}
 STORED = ("dataset", "seed", "precision", "model", "diffusion", "train")  # what a checkpoint keeps of its config
 # What the code did before a knob existed: its value for a checkpoint that lacks the knob, in place of the default.
 LEGACY = {"model": {}, "diffusion": {}, "train": {"clip_loss": False, "focus": 0.0}}
-FREE = ("epochs", "minutes", "preview", "fresh", "same_code")  # may differ when a run is continued
+FREE = ("epochs", "minutes", "preview", "deterministic", "fresh", "same_code")  # may differ when a run is continued
 SAMPLING = ("sampler", "steps", "spacing", "eta", "variance", "guidance", "guidance_interval")  # sampling options
 RESERVED = ("pretrained", "shipped", "compare", "classifiers")  # folders of the project, not names for runs
 EXCLUSIVE = (("name", "checkpoint"), ("digits", "write"), ("num_images", "write"), ("epochs", "minutes"))  # one decides

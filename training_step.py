@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
 
 from config import ROOT, Config
@@ -20,7 +21,7 @@ from model import UNet
 from optimizer import Optimizer, update_average
 from support.cuda_graphs import CudaGraph, compiled
 from support.randomness import DROPOUT_STREAM, seed_of
-from support.runtime import Runtime
+from support.runtime import Runtime, cast_together
 
 
 class Learner:
@@ -30,13 +31,15 @@ class Learner:
         torch.manual_seed(seed_of(config.seed))
         self.config, self.images, self.runtime = config, images, runtime
         self.schedule = make_schedule(config.diffusion)
+        self.schedule.copy_to(runtime.device)
+        self.focus = self.schedule.focus
         self.network = UNet(config.model).to(runtime.device).to(memory_format=torch.channels_last).train()
         self.average = copy.deepcopy(self.network).eval().requires_grad_(False)  # its weights averaged over the steps
         self.optimizer = Optimizer(self.network, config.train)
-        network = self.network if runtime.world == 1 else DistributedDataParallel(self.network)
-        self._forward = compiled(network, runtime)
+        self._network = self.network if runtime.world == 1 else DistributedDataParallel(self.network)
+        self._loss = compiled(self.loss, runtime)
         alone_on_cuda = runtime.device.type == "cuda" and runtime.world == 1
-        self._update = CudaGraph(self._learn) if runtime.compile and alone_on_cuda else self._learn
+        self._update = CudaGraph(self.update) if runtime.compile and alone_on_cuda else self.update
 
     def step(self, number: int, lr: float) -> Tensor:
         """One step, of all processes together; the batch's mean loss [], nan if the step was skipped."""
@@ -46,35 +49,41 @@ class Learner:
         self.optimizer.lr.fill_(lr)
         batch = random_batch(config.seed, number, config.train.batch_size, len(self.images), device)
         ema_rate = 1 - min(config.train.ema, (1 + number) / (10 + number))  # the first averages are short-lived
-        return self._update(*batch, torch.full((), ema_rate, device=device))
+        with self.runtime.deterministic(config.train.deterministic):
+            return self._update(*batch, torch.full((), ema_rate, device=device))
 
-    def _learn(self, indices: Tensor, uniform: Tensor, noise: Tensor, ema_rate: Tensor) -> Tensor:
+    def update(self, indices: Tensor, uniform: Tensor, noise: Tensor, ema_rate: Tensor) -> Tensor:
         """What a step does with `random_batch`; a loss or gradient that is not finite never reaches the weights.
 
         The device decides everything here: the host launches the step and does not wait for it. On a GPU this becomes
         one CUDA graph, so that this Python runs in the first steps only: what changes later has to be an argument.
         """
-        options, runtime, schedule = self.config.train, self.runtime, self.schedule
-        share = slice(runtime.rank, None, runtime.world)
-        t = stratified_timesteps(schedule.timesteps, options.batch_size, uniform[:1], options.focus, schedule.focus)
-        labels = self.images.labels[indices].masked_fill(uniform[1:] < options.label_dropout, NO_LABEL)
-        x0 = to_unit(self.images.images[indices[share]])
-        with runtime.autocast(self.config.precision == "bf16"):
-            losses = diffusion_loss(self._forward, schedule, x0, labels[share], t[share], noise[share],
-                                    options.clip_loss)
-        # DistributedDataParallel averages over processes; the shares of the batch may differ by one image.
-        loss = losses.sum() * (runtime.world / options.batch_size)
+        loss = self._loss(indices, uniform, noise)
         loss.backward()
-        norm = nn.utils.clip_grad_norm_(self.network.parameters(), options.grad_clip)
+        norm = nn.utils.clip_grad_norm_(self.network.parameters(), self.config.train.grad_clip)
         total = loss.detach()
-        if runtime.world > 1:
+        if self.runtime.world > 1:
             torch.distributed.all_reduce(total)
-            total /= runtime.world
+            total /= self.runtime.world
         finite = torch.isfinite(norm + total)
         self.optimizer.step(finite)
         update_average(self.average, self.network, ema_rate, finite)
         self.network.zero_grad()
         return torch.where(finite, total, torch.nan)
+
+    def loss(self, indices: Tensor, uniform: Tensor, noise: Tensor) -> Tensor:
+        """The loss [] of this process's share of a batch, such that the mean over processes is the batch's mean."""
+        options, runtime, schedule = self.config.train, self.runtime, self.schedule
+        share = slice(runtime.rank, None, runtime.world)
+        t = stratified_timesteps(schedule.timesteps, options.batch_size, uniform[:1], options.focus, self.focus)
+        labels = self.images.labels[indices].masked_fill(uniform[1:] < options.label_dropout, NO_LABEL)
+        x0 = to_unit(self.images.images[indices[share]])
+        bf16 = self.config.precision == "bf16"
+        weights = cast_together(self._network) if bf16 else {}
+        with runtime.autocast(bf16):
+            losses = diffusion_loss(lambda *inputs: functional_call(self._network, weights, inputs), schedule, x0,
+                                    labels[share], t[share], noise[share], options.clip_loss)
+        return losses.sum() * (runtime.world / options.batch_size)  # the shares may differ by one image
 
 
 def code_digests() -> dict[str, str]:

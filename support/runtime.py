@@ -8,16 +8,19 @@ import os
 import signal
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor, nn
 
 from config import Config, Precision, UserError
 from support import console
+
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it as it starts; unset, its bits may vary
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,24 @@ class Runtime:
         # Without its cache of cast weights, which a captured graph would go on reading after it was freed.
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16 if bf16 is None else bf16,
                               cache_enabled=False)
+
+    @contextlib.contextmanager
+    def deterministic(self, wanted: bool) -> Iterator[None]:
+        """If wanted, CUDA's operations give the same bits in every run; a UserError names one that can't."""
+        if not wanted or self.device.type != "cuda":
+            yield
+            return
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # which is a kernel for each new tensor
+        try:
+            yield
+        except RuntimeError as error:
+            if "deterministic" not in str(error):
+                raise
+            raise UserError(f"{str(error).split()[0]} has no form on a GPU that gives the same bits in every run: "
+                            "replace it in the network, or add --no-deterministic") from None
+        finally:
+            torch.use_deterministic_algorithms(False)
 
     def on_rank0(self, work: Callable[[], Any]) -> Any:
         """Runs work in the first process; every one returns its result, or raises its UserError."""
@@ -83,6 +104,33 @@ class Runtime:
         return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "Apple GPU"
 
 
+def cast_together(network: nn.Module) -> dict[str, Tensor]:
+    """All weights of convolutions and linear layers in bfloat16, by name, to be used under autocast.
+
+    It would cast each by itself, with the same result but a kernel for each weight and one for each gradient.
+    """
+    layers = [(name, layer) for name, layer in network.named_modules()
+              if isinstance(layer, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d))]
+    weights = {f"{name}.{part}": weight for name, layer in layers for part, weight in layer.named_parameters()}
+    return dict(zip(weights, _Bfloat16.apply(*weights.values())))
+
+
+class _Bfloat16(torch.autograd.Function):
+    @staticmethod
+    def forward(_: Any, *weights: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+        return _converted(weights, torch.bfloat16)
+
+    @staticmethod
+    def backward(_: Any, *gradients: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+        return _converted(gradients, torch.float32)
+
+
+def _converted(tensors: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, ...]:
+    results = [torch.empty_like(tensor, dtype=dtype) for tensor in tensors]
+    torch._foreach_copy_(results, list(tensors))
+    return tuple(results)
+
+
 @contextlib.contextmanager
 def start(config: Config) -> Iterator[Runtime]:
     """Chooses device, precision and memory, and joins torchrun's other processes (gloo on CPUs, NCCL on GPUs)."""
@@ -110,6 +158,7 @@ def make_runtime(config: Config, rank: int = 0, world: int = 1, local_rank: int 
     gpu = device.type == "cuda"
     if gpu:
         torch.cuda.set_device(device)  # of which fast_bf16 asks
+        torch.backends.cudnn.deterministic = True  # in sampling too
         torch.set_float32_matmul_precision("high")  # TF32, where float32 is asked for
     bf16 = config.precision == "bf16" or config.precision == "auto" and gpu and fast_bf16(device)
     # On a CPU compiling takes minutes to gain 11% (benchmarks/README.md), so only on request.
