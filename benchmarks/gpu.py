@@ -1,29 +1,31 @@
-"""The GPU table: what this project does on a GPU, every row of it, in a few minutes and without a network.
+"""The GPU table: what this project does on a GPU, in a few minutes, and the largest kernels of a training step.
 
     python benchmarks/gpu.py --data-dir FOLDER
     python benchmarks/gpu.py --device cpu --quick        (tries the script itself where there is no GPU)
 
-Prints a Markdown table and a line of JSON. A row that fails says why, and the others go on. Without a GPU it says so,
-and its exit status is 2.
+A row that fails says why, and the others go on. Without a GPU its exit status is 2.
 """
 
-import itertools
-import json
+import contextlib
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from common import Operations, Parser, Trainee, config_of, machine, run_script, table
 from torch.profiler import ProfilerActivity, profile
+from torch.utils.benchmark import Timer
 
 import dataset
+import training_step
 from config import ROOT, UserError
 from dataset import to_uint8
 from sample import load_checkpoint, make_request, sample_images
@@ -31,6 +33,7 @@ from support import checkpoint
 from support.runtime import Runtime, start
 
 TINY = ("--channels", "8", "8", "16", "--groups", "4")  # the network of --quick
+PROFILED, LISTED = 10, 20  # steps; kernels
 
 
 class Bench:
@@ -40,75 +43,88 @@ class Bench:
         self.runtime, self.device, self.data, self.quick = runtime, runtime.device, data, quick
         self.train, self.test = dataset.load_both(config_of(None, *data), runtime)
         self.cuda = self.device.type == "cuda"
+        self.largest: list[tuple[str, ...]] = []  # kernels of a step, as rows of a table
 
-    def trainee(self, bf16: bool = True, compile: bool = False, batch: int = 64) -> Trainee:
+    def trainee(self, bf16: bool = True, compile: bool = False, batch: int = 64, same_bits: bool = True) -> Trainee:
         torch.compiler.reset()  # it gives up after eight networks
         flags = ("--batch-size", str(batch), "--precision", "bf16" if bf16 else "fp32", *(TINY if self.quick else ()))
-        config = config_of(None, *self.data, *flags)
+        config = config_of(None, *self.data, *flags, "--deterministic" if same_bits else "--no-deterministic")
         return Trainee(config, Runtime(self.device, bf16, compile), self.train, self.test)
 
     def timed(self, work: Callable[[], Any]) -> float:
-        """Seconds a call, after some to warm up and capture, over about two seconds."""
+        """Median of the seconds of a call, after some to warm up and capture."""
         for _ in range(5):
             work()
-        torch.get_device_module(self.device).synchronize()
-        began, calls, group = time.perf_counter(), 0, 1 if self.quick else 10
-        while calls == 0 or not self.quick and time.perf_counter() - began < 2:
-            for _ in range(group):
-                work()
-            torch.get_device_module(self.device).synchronize()
-            calls += group
-        return (time.perf_counter() - began) / calls
+        return Timer("work()", globals={"work": work}).blocked_autorange(min_run_time=0.1 if self.quick else 2).median
 
 
-def training(bench: Bench, bf16: bool, compile: bool, batch: int) -> str:
-    trainee = bench.trainee(bf16, compile, batch)
-    rate = batch / bench.timed(lambda: trainee.step(0.5))
+def kernels(seen: profile) -> list[Any]:
+    return [event for event in seen.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+
+
+def training(bench: Bench, **options: Any) -> str:
+    trainee = bench.trainee(**options)
+    rate = options["batch"] / bench.timed(lambda: trainee.step(0.5))
     return f"{rate:,.0f} images/s, an epoch of 60,000 in {60_000 / rate:.2f} s"
 
 
-def launches(bench: Bench, compile: bool) -> str:
-    """Of one training step at the default batch; eager, it fails if the host waits for the GPU."""
-    trainee = bench.trainee(compile=compile)
-    for _ in range(5):
+def origins(bench: Bench, compile: bool) -> str:
+    """Kernels of a step that is not captured, by where they come from; on a CPU, operations."""
+    trainee, counts = bench.trainee(compile=compile), dict[str, int]()
+    trainee.step(0.5)
+    learner = trainee.state.learner
+
+    def counting(name: str, work: Callable[..., Any]) -> Callable[..., Any]:
+        def counted(*inputs: Any) -> Any:
+            with profile(activities=[ProfilerActivity.CUDA]) if bench.cuda else Operations() as seen:
+                result = work(*inputs)
+                torch.get_device_module(bench.device).synchronize()
+            counts[name] = len(kernels(seen)) if bench.cuda else seen.count
+            return result
+
+        return counted
+
+    with contextlib.ExitStack() as patched:
+        for name, owner, attribute in (
+                ("random numbers", training_step, "random_batch"), ("forward", learner, "_loss"),
+                ("backward", torch.Tensor, "backward"), ("clipping", torch.nn.utils, "clip_grad_norm_"),
+                *((name, part, "step") for name, part in learner.optimizer.parts.items()),
+                ("average", training_step, "update_average")):
+            work = counting(name, getattr(owner, attribute))
+            patched.enter_context(mock.patch.object(owner, attribute, work))
+        patched.enter_context(mock.patch.object(learner, "_update", learner.update))
         trainee.step(0.5)
-    said = []
-    if not compile:  # nothing can be compiled under Operations
-        on_wait: Any = torch.cuda.set_sync_debug_mode if bench.cuda else lambda _: None
-        on_wait("error")
-        try:
-            with Operations() as operations:
-                trainee.step(0.5)
-        finally:
-            on_wait("default")
-        said.append(f"{operations.count:,} operations, {operations.waits} of which wait")
-    if bench.cuda:
+    return f"{sum(counts.values()):,}: " + ", ".join(f"{name} {count}" for name, count in counts.items())
+
+
+def captured(bench: Bench) -> str:
+    """All kernels of steps as training launches them; the largest go to `bench.largest`."""
+    trainee = bench.trainee(compile=True)
+    spent, times = Counter[str](), Counter[str]()
+    for _ in range(2):  # the first time to warm up and capture
+        torch.cuda.synchronize()
         with profile(activities=[ProfilerActivity.CUDA]) as seen:
-            began = time.perf_counter()
-            for _ in range(10):
+            for _ in range(PROFILED):
                 trainee.step(0.5)
-            torch.get_device_module(bench.device).synchronize()
-            took = time.perf_counter() - began
-        kernels = [event for event in seen.events() if event.device_type == torch.autograd.DeviceType.CUDA]
-        busy, end = 0.0, 0.0  # time in which kernels of several streams run counts once
-        for span in sorted((event.time_range.start, event.time_range.end) for event in kernels):
-            busy += max(0.0, span[1] - max(end, span[0])) / 1e6 / took
-            end = max(end, span[1])
-        said.append(f"{len(kernels) / 10:,.0f} kernels, the GPU busy {busy:.0%} of the time")
-    return ", ".join(said) or "only a GPU can tell"
+            torch.cuda.synchronize()
+    for event in kernels(seen):
+        spent[event.name] += event.time_range.elapsed_us() / PROFILED
+        times[event.name] += 1
+    bench.largest = [(name[:70].replace("|", "/"), f"{times[name] / PROFILED:g}", f"{microseconds:.1f}")
+                     for name, microseconds in spent.most_common(LISTED)]
+    return f"{times.total() / PROFILED:,.0f} kernels, {spent.total() / 1000:.2f} ms if one ran after the other"
 
 
 def sampling(bench: Bench) -> str:
-    trainee, (count, steps) = bench.trainee(compile=False), (16, 2) if bench.quick else (256, 13)
-    return f"{1000 * bench.timed(lambda: trainee.sample(count, steps=steps)):,.0f} ms for {count} images"
+    trainee, count = bench.trainee(), 16 if bench.quick else 256
+    return f"{1000 * bench.timed(lambda: trainee.sample(count)):,.0f} ms for {count} images"
 
 
 def devices(bench: Bench, bf16: bool) -> str:
     """The shipped weights, the same seeds, here and on the CPU: pixels that are not 0 in both."""
     images = []
     for device in (torch.device("cpu"), bench.device):
-        runtime = Runtime(device, bf16 and device.type != "cpu", device.type == "cuda")
-        model = load_checkpoint(checkpoint.PRETRAINED, runtime)
+        model = load_checkpoint(checkpoint.PRETRAINED, Runtime(device, bf16 and device.type != "cpu", compile=False))
         request = make_request(model, config_of(None).sample, 0, 4 if bench.quick else 64)
         images.append(to_uint8(sample_images(model, request)[0]).int())
     bright = (images[0] > 0) | (images[1] > 0)
@@ -116,38 +132,30 @@ def devices(bench: Bench, bf16: bool) -> str:
     return f"{share:.2%} of the pixels that are not black within a grey level"
 
 
-def run(folder: str, *flags: str, wait: bool = True) -> Any:
-    """run.py in a process of its own in that folder; raises RuntimeError with its last line if it fails."""
-    process = subprocess.Popen([sys.executable, str(ROOT / "run.py"), *flags], cwd=folder, text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    output = process.communicate()[0] if wait else ""
-    if wait and process.returncode != 0:
-        raise RuntimeError((output.strip().splitlines() or ["no output"])[-1])
-    return process
+def reproduced(bench: Bench) -> str:
+    """Digests of the weights of two runs of run.py and of a third one that was stopped and resumed."""
+    flags = ["--dataset", "generated", "--device", bench.device.type, "--preview", "0", "--epochs", "2",
+             "--num-images", "1", *(("--batch-size", "512", *TINY) if bench.quick else ())]
 
-
-def trained(folder: str, name: str) -> dict[str, Any]:
-    return checkpoint.load(Path(folder) / "checkpoints" / name / checkpoint.LAST)
-
-
-def resume(bench: Bench) -> str:
-    with tempfile.TemporaryDirectory() as folder:
-        flags = ["--dataset", "generated", "--device", bench.device.type, "--preview", "0", "--epochs", "2",
-                 "--num-images", "1", *(("--batch-size", "512", *TINY) if bench.quick else ())]
-        run(folder, *flags, "--name", "straight")
-        stopped = run(folder, *flags, "--name", "stopped", wait=False)
-        rows = Path(folder) / "results" / "stopped" / "metrics.csv"
-        while stopped.poll() is None and not rows.exists():
+    def run(folder: str, stop: bool = False) -> None:
+        process = subprocess.Popen([sys.executable, str(ROOT / "run.py"), *flags], cwd=folder, text=True,
+                                   stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        while stop and process.poll() is None and not (Path(folder) / "results/generated/metrics.csv").exists():
             time.sleep(0.01)
-        stopped.send_signal(signal.SIGTERM)
-        stopped.communicate()
-        at = trained(folder, "stopped")["step"]
-        run(folder, *flags, "--name", "stopped")
-        one, other = trained(folder, "straight"), trained(folder, "stopped")
-    apart = max((one["model"][name] - other["model"][name]).abs().max().item() for name in one["model"])
-    ends = [state["history"]["columns"]["test_loss"][-1] for state in (one, other)]
-    return (f"stopped at step {at} of {one['step']}: test loss {ends[1]:.4f}, unstopped {ends[0]:.4f}; "
-            + (f"weights at most {apart:.1g} apart" if apart else "the same bits"))
+        if stop:
+            process.send_signal(signal.SIGTERM)
+        output = process.communicate()[0]
+        if process.returncode not in (0, 143):
+            raise RuntimeError((output.strip().splitlines() or ["no output"])[-1])
+
+    found = []
+    for stops in ((False,), (False,), (True, False)):
+        with tempfile.TemporaryDirectory() as folder:
+            for stop in stops:
+                run(folder, stop)
+                found.append(checkpoint.load(Path(folder) / "checkpoints/generated" / checkpoint.LAST))
+    *digests, _, resumed = (checkpoint.weights_digest(state["model"]) for state in found)
+    return f"{', '.join(digests)}, and {resumed} after a stop at step {found[2]['step']} of {found[3]['step']}"
 
 
 def main(argv: list[str]) -> None:
@@ -164,17 +172,16 @@ def main(argv: list[str]) -> None:
 
 
 def fill_table(bench: Bench) -> None:
-    rows: dict[str, Callable[[Bench], str]] = {}
-    kinds = {"bf16, eager": (True, False), "bf16, compiled": (True, True), "fp32 (TF32), compiled": (False, True)}
-    for batch, (kind, (bf16, compile)) in itertools.product((64, 256, 2048), kinds.items()):
-        if not bench.quick or batch == 64 and not compile:
-            rows[f"training, batch {batch}, {kind}"] = partial(training, bf16=bf16, compile=compile, batch=batch)
-    rows |= {"launches of a step, eager": partial(launches, compile=False),
-             "launches of a step, compiled": partial(launches, compile=True),
-             "peak memory": lambda _: f"{torch.cuda.max_memory_allocated() / 2**30:.2f} GiB" if bench.cuda else "-",
-             "sampling": sampling,
-             "the CPU's images, fp32 (TF32)": partial(devices, bf16=False),
-             "the CPU's images, bf16": partial(devices, bf16=True), "stop and resume": resume}
+    rows: dict[str, Callable[[Bench], str]] = {"training, batch 64, bf16, eager": partial(training, batch=64),
+                                               "launches, eager": partial(origins, compile=False)}
+    if bench.cuda:
+        kinds: dict[str, dict[str, Any]] = {"bf16": {}, "bf16, any bits": {"same_bits": False}, "fp32": {"bf16": False}}
+        rows |= {f"training, batch {batch}, {kind}": partial(training, batch=batch, compile=True, **options)
+                 for batch in (64, 256, 2048) for kind, options in kinds.items()}
+        rows |= {"launches, compiled": partial(origins, compile=True), "launches, captured": captured,
+                 "peak memory": lambda _: f"{torch.cuda.max_memory_allocated() / 2**30:.2f} GiB"}
+    rows |= {"sampling": sampling, "the CPU's images, fp32 (TF32)": partial(devices, bf16=False),
+             "the CPU's images, bf16": partial(devices, bf16=True), "weights of two runs and a stopped one": reproduced}
     said: dict[str, str] = {}
     began = time.perf_counter()
     for name, work in rows.items():
@@ -184,9 +191,9 @@ def fill_table(bench: Bench) -> None:
             said[name] = f"FAILED: {type(error).__name__}: {(str(error).splitlines() or [''])[0][:150]}"
         print(f"  {name}: {said[name]}", file=sys.stderr, flush=True)
     seconds = round(time.perf_counter() - began)
-    where = machine(bench.device)
-    print(f"{where}; {seconds} s in all.\n\n{table(('what', 'found'), list(said.items()))}\n")
-    print(json.dumps({"machine": where, "seconds": seconds, **said}))
+    print(f"{machine(bench.device)}; {seconds} s in all.\n\n{table(('what', 'found'), list(said.items()))}\n")
+    if bench.largest:
+        print(table(("kernel", "launches a step", "us a step"), bench.largest))
 
 
 if __name__ == "__main__":

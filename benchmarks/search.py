@@ -52,6 +52,7 @@ RECIPES: dict[str, str] = {
     "batch 256, lr 4e-3": "--batch-size 256 --lr 4e-3",
     "batch 256, ema 0.996": "--batch-size 256 --ema 0.996",
     "batch 256, lr 4e-3, ema 0.996": "--batch-size 256 --lr 4e-3 --ema 0.996",
+    "batch 256, lr 8e-3, ema 0.996": "--batch-size 256 --lr 8e-3 --ema 0.996",
     "ema 0.9995": "--ema 0.9995",
     "weight decay 0.1": "--weight-decay 0.1",
     "label dropout 0.1": "--label-dropout 0.1",

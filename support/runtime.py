@@ -60,7 +60,7 @@ class Runtime:
             yield
             return
         torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # which is a kernel for each new tensor
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # a kernel each
         try:
             yield
         except RuntimeError as error:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.func import functional_call
 
 import config as configs
 import dataset
@@ -26,7 +27,7 @@ from evaluation.classifier import load_classifier
 from model import UNet
 from optimizer import Muon, update_average
 from support import checkpoint, plots
-from support.runtime import Runtime, make_runtime
+from support.runtime import Runtime, cast_together, make_runtime
 from tests.conftest import TINY, write_set
 from tests.fake_mps import MPS, FakeMps, pretended_mps
 from tests.processes import nothing
@@ -152,6 +153,39 @@ def test_muon_is_torchs_on_matrices_of_many_shapes(layout: torch.memory_format, 
             torch.testing.assert_close(own.permute(0, 2, 3, 1).flatten(1), other, rtol=0, atol=1e-3)
 
 
+def test_weights_cast_at_once_are_those_that_autocast_casts_one_by_one() -> None:
+    """The prediction and every gradient, bit for bit, in far fewer operations; the norms' weights stay as they are."""
+    network = UNet(ModelConfig(attention=(7,)))
+    for weight in network.parameters():  # some begin at zero
+        nn.init.normal_(weight, std=0.1, generator=torch.Generator().manual_seed(weight.numel()))
+    inputs = torch.randn(4, 1, 28, 28), torch.tensor([1, 9, 500, 1000]), torch.tensor([0, 3, 9, 10])
+    found, counts = [], []
+    for together in (False, True):
+        with Operations() as operations, CPU.autocast(True):
+            weights = cast_together(network) if together else {}
+            prediction = functional_call(network, weights, inputs)
+            gradients = torch.autograd.grad(prediction.float().square().sum(), list(network.parameters()))
+        found.append([prediction, *gradients])
+        counts.append(operations.count)
+    assert all(torch.equal(*pair) and pair[0].dtype == pair[1].dtype for pair in zip(*found))
+    assert len(weights) > 50 and {weight.dtype for weight in weights.values()} == {torch.bfloat16}
+    assert counts[1] < counts[0] - len(weights)
+
+
+def test_an_operation_whose_bits_may_differ_is_named() -> None:
+    """As torch does on a GPU; of the operations that it refuses there, put_ is one that it refuses on a CPU too."""
+    gpu = Runtime(torch.device("cuda", 0), bf16=False, compile=False)
+    for runtime, wanted in ((CPU, True), (gpu, False)):
+        with runtime.deterministic(wanted):
+            assert not torch.are_deterministic_algorithms_enabled()
+    with pytest.raises(UserError, match="^put_ has no form .* --no-deterministic$"), gpu.deterministic(True):
+        assert torch.are_deterministic_algorithms_enabled()
+        torch.zeros(3).put_(torch.tensor([0]), torch.ones(1))
+    with pytest.raises(RuntimeError, match="another"), gpu.deterministic(True):
+        raise RuntimeError("another")
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
 @pytest.mark.parametrize("decay", [0.0, 0.9])
 def test_the_average_by_hand(decay: float) -> None:
     network = nn.Linear(3, 2)
@@ -268,6 +302,9 @@ def test_a_gpu_learns_and_samples_the_same_in_graphs(flags: tuple[str, ...], gra
     for step in range(20):
         losses = [state.learner.step(step, lr=1e-3).item() for state in (one, other)]
         assert losses[0] == pytest.approx(losses[1], abs=1e-3), step
+    torch.cuda.set_sync_debug_mode("error")
+    one.learner.step(20, lr=0.0)  # never waits for the GPU
+    torch.cuda.set_sync_debug_mode("default")
 
     def sampled(*compiles: bool) -> list[Tensor]:
         model = current_model(other)

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from run import main
@@ -174,6 +175,25 @@ def test_ctrl_c_saves_and_says_how_to_resume(uninterrupted: Done, idx_folder: Pa
     assert "the same command again" in output and (tmp_path / "checkpoints/idx/last.safetensors").exists()
     assert "Resuming the run" in start(tmp_path, *flags).finish()
     assert_same(uninterrupted.learned, learned(tmp_path))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="it takes a GPU")
+@pytest.mark.parametrize("flags", [(), ("--precision", "fp32", "--compile", "off"),
+                                   ("--attention", "7", "--dropout", "0.1", "--optimizer", "adamw")])
+def test_a_gpu_gives_the_same_bits_in_every_run_and_after_a_stop(flags: tuple[str, ...], idx_folder: Path,
+                                                                 tmp_path: Path) -> None:
+    command = [*(flag.replace("cpu", "cuda") for flag in RUN), *SAMPLING, "--data-dir", str(idx_folder), *flags]
+    folders = [tmp_path / name for name in ("one", "other", "stopped")]
+    for folder in folders:
+        folder.mkdir()
+    stopped = start(folders[2], *command, changes={"support.plots.save_losses": nothing})
+    stopped.wait_for((folders[2] / "results/idx/preview-0000001.png").exists)
+    stopped.signal(signal.SIGTERM)
+    stopped.finish(143)
+    for folder in folders:
+        start(folder, *command).finish()
+    assert_same(learned(folders[0]), learned(folders[1]))
+    assert_same(learned(folders[0]), learned(folders[2]))
 
 
 def test_sigterm_saves_too(idx_folder: Path, tmp_path: Path) -> None:
