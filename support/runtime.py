@@ -8,7 +8,7 @@ import os
 import signal
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -112,23 +112,19 @@ def cast_together(network: nn.Module) -> dict[str, Tensor]:
     layers = [(name, layer) for name, layer in network.named_modules()
               if isinstance(layer, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d))]
     weights = {f"{name}.{part}": weight for name, layer in layers for part, weight in layer.named_parameters()}
-    return dict(zip(weights, _Bfloat16.apply(*weights.values())))
+    return dict(zip(weights, _Cast.apply(torch.bfloat16, *weights.values())))
 
 
-class _Bfloat16(torch.autograd.Function):
+class _Cast(torch.autograd.Function):
     @staticmethod
-    def forward(_: Any, *weights: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
-        return _converted(weights, torch.bfloat16)
+    def forward(_: Any, dtype: torch.dtype, *tensors: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+        results = [torch.empty_like(tensor, dtype=dtype) for tensor in tensors]
+        torch._foreach_copy_(results, list(tensors))
+        return tuple(results)
 
     @staticmethod
-    def backward(_: Any, *gradients: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
-        return _converted(gradients, torch.float32)
-
-
-def _converted(tensors: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, ...]:
-    results = [torch.empty_like(tensor, dtype=dtype) for tensor in tensors]
-    torch._foreach_copy_(results, list(tensors))
-    return tuple(results)
+    def backward(_: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        return None, *_Cast.forward(_, torch.float32, *gradients)
 
 
 @contextlib.contextmanager
