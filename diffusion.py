@@ -117,13 +117,9 @@ def transition_variance(schedule: NoiseSchedule, t: int, s: int) -> Tensor:
 
 def target(schedule: NoiseSchedule, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
     """What the network learns to predict: the noise, x0, or v = alpha noise - sigma x0 (2202.00512, appendix D)."""
-    if schedule.prediction == "noise":
-        return noise
-    if schedule.prediction == "x0":
-        return x0
     if schedule.prediction == "v":
         return schedule.at("alpha", t) * noise - schedule.at("sigma", t) * x0
-    raise UserError(f"--prediction {schedule.prediction}: there is no such target; add it to target and predicted_x0")
+    return {"noise": noise, "x0": x0}[schedule.prediction]
 
 
 def predicted_x0(schedule: NoiseSchedule, prediction: Tensor, x_t: Tensor, t: int) -> Tensor:
