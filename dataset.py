@@ -140,12 +140,8 @@ def data_folder(config: Config, name: str) -> Path:
             return config.data_dir.expanduser()
         except RuntimeError:
             raise UserError(f"--data-dir {config.data_dir}: no such home folder; give the whole path") from None
-
-    def has(root: Path) -> bool:
-        return name in SOURCES and idx.is_there(SOURCES[name].folder(root, name), SOURCES[name].digests)
-
-    here, ours = Path("dataset"), ROOT / "dataset"
-    return ours if has(ours) and not has(here) else here
+    source, roots = SOURCES[name], (Path("dataset"), ROOT / "dataset")
+    return next((root for root in roots if idx.is_there(source.folder(root, name), source.digests)), roots[0])
 
 
 def load(config: Config, split: str) -> LabelledImages:
