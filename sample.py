@@ -184,10 +184,9 @@ def choose_labels(digits: str | None, seed: int, indices: Sequence[int], classes
     if digits is not None:
         return torch.tensor([int(digits[index % len(digits)]) for index in indices])
     block = torch.tensor(classes).repeat_interleave(LABELS_PER_CLASS)
-    size = len(block)
-    orders = {number: block[torch.randperm(size, generator=generator("cpu", seed, LABEL_STREAM, number))]
-              for number in {index // size for index in indices}}
-    return torch.stack([orders[index // size][index % size] for index in indices])
+    blocks = [block[torch.randperm(len(block), generator=generator("cpu", seed, LABEL_STREAM, number))]
+              for number in range(max(indices) // len(block) + 1)]
+    return torch.cat(blocks)[list(indices)]
 
 
 def provenance(model: LoadedModel, request: SampleRequest) -> dict[str, str]:
@@ -223,8 +222,7 @@ def sample_images(model: LoadedModel, request: SampleRequest, shown: int = 0,
                 part = request._replace(indices=[request.indices[position] for position in positions],
                                         labels=request.labels[positions])
                 for number, x in enumerate(_chunk_states(model, part)):
-                    if seen:
-                        states[number, seen] = to_uint8(x[:len(seen)]).cpu()
+                    states[number, seen] = to_uint8(x[:len(seen)]).cpu()
                     bar.update()
                 images[positions] = x.float().cpu()
         return images, states
