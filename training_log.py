@@ -116,13 +116,11 @@ def test_loss(state: TrainingState) -> list[float]:
     t = stratified_timesteps(timesteps, number, torch.tensor(0.5))[torch.randperm(number, generator=random)]
     noise = torch.randn(number, 1, 28, 28, generator=random)
     evenly = torch.arange(number) * len(test) // number  # the first half of MNIST's test set is the easier one
-    losses = []
+    chosen = test[evenly.to(device)]
+    parts = zip(*(each.to(device).split(250) for each in (to_unit(chosen.images), chosen.labels, t, noise)))
     with torch.inference_mode(), state.runtime.autocast():
-        for part in torch.arange(number).split(250):
-            chosen = test[evenly[part].to(device)]
-            losses.append(diffusion_loss(
-                learner.average, learner.schedule, to_unit(chosen.images), chosen.labels, t[part].to(device),
-                noise[part].to(device), state.config.train.clip_loss))
+        losses = [diffusion_loss(learner.average, learner.schedule, x0, labels, times, noises,
+                                 state.config.train.clip_loss) for x0, labels, times, noises in parts]
     loss, level = torch.cat(losses).cpu().double(), (t - 1) * LEVELS // timesteps
     return [loss[level == i].mean().item() if (level == i).any() else math.nan for i in range(LEVELS)]
 
