@@ -5,12 +5,11 @@ Owns the frozen config dataclasses, the few rules between knobs, the part of a c
 """
 
 import contextlib
-import dataclasses
 import functools
 import io
 import json
 import re
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -130,7 +129,7 @@ class Config:
 
 
 ADAPTER = TypeAdapter(Config)
-GROUPS = {part.name: part.type for part in dataclasses.fields(Config) if dataclasses.is_dataclass(part.type)}
+GROUPS = {part.name: part.type for part in fields(Config) if is_dataclass(part.type)}
 KNOBS = {name: "" for name in Config.__dataclass_fields__ if name not in GROUPS} | {
     name: group for group, kind in GROUPS.items() for name in kind.__dataclass_fields__}  # name -> group
 STORED = ("dataset", "seed", "precision", "model", "diffusion", "train")  # what a checkpoint keeps of its config
@@ -174,9 +173,9 @@ def parse(argv: list[str], defaults: Config | None = None) -> Config:
                    f"it is for --mode {' and '.join(modes)}")
             raise UserError(f"{_flag(name)}: --mode {config.mode} does not use it, since {why}; leave it out")
     yielding: Any = {name: value for name, value, flags in YIELDING if name not in names and set(names) & set(flags)}
-    parts = {group: dataclasses.replace(getattr(config, group), **{
+    parts = {group: replace(getattr(config, group), **{
         name: value for name, value in yielding.items() if KNOBS[name] == group}) for group in GROUPS}
-    return validate(dataclasses.replace(config, **parts))
+    return validate(replace(config, **parts))
 
 
 def given(argv: list[str]) -> list[str]:
@@ -266,7 +265,7 @@ def _flag(name: str) -> str:
 
 def _plain(config: Config) -> dict[str, Any]:
     """Nested dict of the plain values that JSON has; inf stays."""
-    return json.loads(json.dumps(dataclasses.asdict(config), default=str))
+    return json.loads(json.dumps(asdict(config), default=str))
 
 
 def _checked(values: dict[str, Any]) -> Config:
