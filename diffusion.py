@@ -33,21 +33,10 @@ class NoiseSchedule:
     weighting: str = "none"
     tables: dict[torch.device, dict[str, Tensor]] = field(default_factory=dict, init=False, repr=False)
 
-    @property
-    def timesteps(self) -> int:
-        return len(self.alpha_bar) - 1
-
-    @cached_property
-    def alpha(self) -> Tensor:  # scale of the signal
-        return self.alpha_bar.sqrt()
-
-    @cached_property
-    def sigma(self) -> Tensor:  # standard deviation of the noise
-        return (1 - self.alpha_bar).sqrt()
-
-    @cached_property
-    def snr(self) -> Tensor:  # alpha_t^2 / sigma_t^2, infinite at t = 0
-        return self.alpha_bar / (1 - self.alpha_bar)
+    timesteps = property(lambda self: len(self.alpha_bar) - 1)
+    alpha = cached_property(lambda self: self.alpha_bar.sqrt())  # scale of the signal
+    sigma = cached_property(lambda self: (1 - self.alpha_bar).sqrt())  # standard deviation of the noise
+    snr = cached_property(lambda self: self.alpha_bar / (1 - self.alpha_bar))  # alpha_t^2 / sigma_t^2, infinite at 0
 
     @cached_property
     def focus(self) -> tuple[int, int]:  # the timesteps low < t <= high lie in FOCUS
@@ -61,13 +50,11 @@ class NoiseSchedule:
         "none": 1. "snr": x0's squared error is weighted by SNR, which is the unweighted noise loss of 2006.11239,
         eq. 14. "min-snr": x0's squared error is weighted by min(SNR, 5) (2303.09556, section 3.4).
         """
-        if self.weighting == "none":
-            return torch.ones_like(self.alpha_bar)
         snr = self.snr.clone()
         snr[0] = snr[1]  # t = 0 is never trained on; keep it finite
-        wanted = {"snr": snr, "min-snr": snr.clamp(max=MIN_SNR_GAMMA)}[self.weighting]
         # Squared errors: x0's is the noise's over SNR, and v's over SNR + 1.
-        return wanted / {"noise": snr, "x0": torch.ones_like(snr), "v": snr + 1}[self.prediction]
+        own = {"noise": snr, "x0": torch.ones_like(snr), "v": snr + 1}[self.prediction]
+        return {"none": own, "snr": snr, "min-snr": snr.clamp(max=MIN_SNR_GAMMA)}[self.weighting] / own
 
     def at(self, name: str, t: Tensor) -> Tensor:
         """Float32 values of alpha, sigma or loss_weights at t int64 [B], as [B, 1, 1, 1] on t's device."""
