@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from config import Config, SampleConfig, TrainConfig, UserError, stored, training_settings
 from dataset import to_uint8, to_unit
@@ -82,9 +81,12 @@ def log_point(state: TrainingState, preview: bool) -> None:
     writers: dict[str, Callable[[Path], None]] = {"metrics.csv": lambda path: write_atomically(
         path, lambda file: np.savetxt(file, table, "%.10g", ",", header=",".join(columns), comments=""))}
     if preview and options.preview:
-        images, per_row = preview_images(state)
-        writers[f"preview-{state.step:07d}.png"] = lambda path: plots.save_grid(path, images, per_row,
-                                                                                {"step": str(state.step)})
+        model = current_model(state)
+        digits = "".join(map(str, model.classes)) if model.label_dropout < 1 else None  # all classes in turn
+        drawn = SampleConfig(steps=min(PREVIEW_STEPS, model.schedule.timesteps), guidance=1.0, digits=digits)
+        images = to_uint8(sample_images(model, make_request(model, drawn, state.config.seed, options.preview))[0])
+        writers[f"preview-{state.step:07d}.png"] = lambda path: plots.save_grid(
+            path, images, len(digits or "0123456789"), {"step": str(state.step)})
     if preview and before > 1:  # two points would make an almost empty picture
         writers["loss.png"] = lambda path: plots.save_losses(
             path, columns, shipped_losses(state.config), {"config": str(state.config.diffusion)},
@@ -98,16 +100,6 @@ def current_model(state: TrainingState) -> LoadedModel:
                        state.history, step=state.step, path=state.path)
 
 
-def preview_images(state: TrainingState) -> tuple[Tensor, int]:
-    """The first images uint8 [N, 1, 28, 28] of all classes in turn, without guidance, and how many go in a row."""
-    model = current_model(state)
-    digits = "".join(map(str, model.classes)) if model.label_dropout < 1 else None  # all classes in turn
-    options = SampleConfig(steps=min(PREVIEW_STEPS, model.schedule.timesteps), guidance=1.0, digits=digits)
-    request = make_request(model, options, state.config.seed, state.config.train.preview)
-    images = to_uint8(sample_images(model, request)[0])
-    return images, min(len(images), len(digits or "0123456789"))
-
-
 def test_loss(state: TrainingState) -> list[float]:
     """Mean loss in each tenth of the noise levels, over fixed images, timesteps and noise, so that runs compare."""
     test, learner, device = state.test, state.learner, state.runtime.device
@@ -115,8 +107,7 @@ def test_loss(state: TrainingState) -> list[float]:
     random = generator("cpu", TEST_STREAM)
     t = stratified_timesteps(timesteps, number, torch.tensor(0.5))[torch.randperm(number, generator=random)]
     noise = torch.randn(number, 1, 28, 28, generator=random)
-    evenly = torch.arange(number) * len(test) // number  # the first half of MNIST's test set is the easier one
-    chosen = test[evenly.to(device)]
+    chosen = test[(torch.arange(number) * len(test) // number).to(device)]  # evenly: MNIST's first half is easier
     parts = zip(*(each.to(device).split(250) for each in (to_unit(chosen.images), chosen.labels, t, noise)))
     with torch.inference_mode(), state.runtime.autocast():
         losses = [diffusion_loss(learner.average, learner.schedule, x0, labels, times, noises,
