@@ -93,14 +93,14 @@ def train(state: TrainingState) -> int:
                 end = options.minutes is None and state.progress(options) >= 1
                 log_point(state, preview=end or preview_number(now) != preview_number(before))
             if save_now and not state.skipped_in_a_row:
-                save(state)
+                runtime.on_rank0(lambda: save(state))
                 last_save = time.perf_counter()
         if signal_number:
             runtime.say("\nStopping: saving the run (once more quits at once).")
         read_losses(state)
         if progress >= 1 and state.history["running"][1]:
             log_point(state, preview=True)
-        save(state)
+        runtime.on_rank0(lambda: save(state))
     return int(signal_number)
 
 

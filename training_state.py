@@ -27,17 +27,11 @@ class TrainingState:
     test: LabelledImages
     learner: Learner
     history: dict[str, Any]
+    path: Path  # of its checkpoint
+    results: Path  # folder
     step: int = 0  # steps done
     pending_losses: list[Tensor] = field(default_factory=list)  # of the latest steps, on the device, not yet read
     skipped_in_a_row: int = 0
-
-    @property
-    def path(self) -> Path:
-        return checkpoint.own(str(self.config.name))
-
-    @property
-    def results(self) -> Path:
-        return Path("results") / str(self.config.name)
 
     def epoch(self, step: int) -> float:
         return step * self.config.train.batch_size / self.history["data"]["images"]
@@ -64,7 +58,8 @@ def new_state(config: Config, runtime: Runtime, train: LabelledImages, test: Lab
     learner = Learner(config, train, runtime)
     history = {"columns": {}, "running": [0.0, 0], "seconds": 0.0, "skipped": 0, "code": code_digests(),
                "data": describe(train, config.dataset), "alpha_bar": learner.schedule.alpha_bar}
-    return TrainingState(config, runtime, train, test, learner, history)
+    name = str(config.name)
+    return TrainingState(config, runtime, train, test, learner, history, checkpoint.own(name), Path("results", name))
 
 
 def resume(state: TrainingState, precision: str) -> TrainConfig:
@@ -117,18 +112,14 @@ def resume(state: TrainingState, precision: str) -> TrainConfig:
 
 
 def save(state: TrainingState) -> None:
-    """Writes the checkpoint in the first process; raises a UserError of that one in all of them."""
+    """Writes the checkpoint, for one process to do; raises UserError if a weight is not finite or it can't."""
     learner = state.learner
-
-    def work() -> None:
-        if not all(torch.isfinite(weight).all() for weight in learner.network.parameters()):
-            raise UserError(f"a weight is not finite after step {state.step}, so it is not saved, and {state.path} is "
-                            "left as it was: start over with --fresh and a lower --lr, or --precision fp32")
-        weights = {"model": learner.network.state_dict(), "ema": learner.average.state_dict()}
-        checkpoint.save(state.path, {"config": stored(state.config), "optimizer": learner.optimizer.state_dict(),
-                                     "step": state.step, "history": state.history, **weights})
-
-    state.runtime.on_rank0(work)
+    if not all(torch.isfinite(weight).all() for weight in learner.network.parameters()):
+        raise UserError(f"a weight is not finite after step {state.step}, so it is not saved, and {state.path} is "
+                        "left as it was: start over with --fresh and a lower --lr, or --precision fp32")
+    weights = {"model": learner.network.state_dict(), "ema": learner.average.state_dict()}
+    checkpoint.save(state.path, {"config": stored(state.config), "optimizer": learner.optimizer.state_dict(),
+                                 "step": state.step, "history": state.history, **weights})
 
 
 def read_losses(state: TrainingState) -> float | None:
@@ -146,8 +137,7 @@ def read_losses(state: TrainingState) -> float | None:
             history["skipped"] += 1
             state.skipped_in_a_row += 1
             if state.skipped_in_a_row >= BAD_STEPS:
-                there = state.runtime.on_rank0(lambda: state.path.exists())
-                kept = f"; {state.path} holds the weights from before" if there else ""
+                kept = f"; {state.path} holds the weights from before" if state.path.exists() else ""
                 raise UserError(f"the loss or its gradient was not finite in {BAD_STEPS} steps in a row, up to step "
                                 f"{state.step}: start over with --fresh and a lower --lr, or --precision fp32{kept}")
     state.pending_losses.clear()
