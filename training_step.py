@@ -91,13 +91,12 @@ def code_digests() -> dict[str, str]:
 
     config.py is not among them: its values are stored and compared one by one.
     """
-    names, waiting = set[str](), [Path(__file__).name]
-    while waiting:
-        names.add(name := waiting.pop())
+    names = [Path(__file__).name]
+    for name in names:  # which grows
         for node in ast.walk(ast.parse((ROOT / name).read_text("utf-8"))):
             parts = ([node.module or "", *(f"{node.module}.{alias.name}" for alias in node.names)]
                      if isinstance(node, ast.ImportFrom) else
                      [alias.name for alias in node.names] if isinstance(node, ast.Import) else [])
             files = {f"{part.replace('.', '/')}.py" for part in parts}
-            waiting += [file for file in files - names - {"config.py"} if (ROOT / file).is_file()]
+            names += [file for file in files - {*names, "config.py"} if (ROOT / file).is_file()]
     return {name: hashlib.sha256((ROOT / name).read_text("utf-8").encode()).hexdigest()[:16] for name in sorted(names)}
