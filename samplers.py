@@ -73,8 +73,7 @@ def dpmpp(denoise: Denoiser, schedule: NoiseSchedule, x: Tensor, timesteps: Sequ
     """
     previous: tuple[int, Tensor] | None = None
     for t, s in pairwise(timesteps):
-        x0_hat = denoise(x, t)
-        x0 = x0_hat
+        x0 = x0_hat = denoise(x, t)
         if previous is not None and s > 0:  # extrapolate x0_hat, linear in log-SNR, to the middle of the step
             ratio = _log_snr_step(schedule, t, s) / _log_snr_step(schedule, previous[0], t)  # 0 after infinite noise
             x0 = x0_hat + ratio / 2 * (x0_hat - previous[1])
@@ -93,8 +92,7 @@ def sa(denoise: Denoiser, schedule: NoiseSchedule, x: Tensor, timesteps: Sequenc
     """
     previous: tuple[Tensor, Tensor, float, float] | None = None  # x0_hat, rest, weight, h; x = rest + weight x0
     for t, s in pairwise(timesteps):
-        x0_hat = denoise(x, t)
-        x0 = x0_hat
+        x0 = x0_hat = denoise(x, t)
         h = _log_snr_step(schedule, t, s)
         if previous is not None:
             last_x0_hat, rest, weight, last_h = previous
