@@ -239,9 +239,8 @@ def _chunk_states(model: LoadedModel, request: SampleRequest) -> Iterator[Tensor
     labels = torch.full((runtime.chunk,), NO_LABEL).index_copy(0, slots, request.labels).to(runtime.device)
 
     def randn() -> Tensor:
-        noise = torch.zeros(runtime.chunk, 1, 28, 28)
-        noise[slots] = torch.stack([torch.randn(1, 28, 28, generator=g) for g in generators])
-        return noise.to(runtime.device)
+        noise = torch.stack([torch.randn(1, 28, 28, generator=g) for g in generators])
+        return torch.zeros(runtime.chunk, 1, 28, 28).index_copy(0, slots, noise).to(runtime.device)
 
     options = request.options
     denoise = make_denoiser(model.network, model.schedule, labels, request.guidance, request.interval)
@@ -302,7 +301,6 @@ def write_images(folder: Path, images: Tensor, model: LoadedModel, request: Samp
 
 def warn_if_broken(images: Tensor, data: dict[str, Any]) -> None:
     """Warns if images look nothing like the data that the network was trained on."""
-    problem = plots.looks_broken(images, **{key: data[key] for key in ("mean", "std") if key in data})
-    if problem is not None:
+    if problem := plots.looks_broken(images, **{key: data[key] for key in ("mean", "std") if key in data}):
         print(f"WARNING: these images do not look like {data.get('name', 'the training images')} ({problem}). Was the "
               "network trained long enough, with a falling loss?", flush=True)
