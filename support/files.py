@@ -29,12 +29,10 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], Any], before: Calla
         if before is not None:
             before(path)
         os.replace(part, target)
-        with contextlib.suppress(OSError):  # so that it survives a power cut, where a folder can be synchronized
-            descriptor = os.open(target.parent, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+        with contextlib.suppress(OSError), contextlib.ExitStack() as stack:  # so that it survives a power cut,
+            descriptor = os.open(target.parent, os.O_RDONLY)  # where a folder can be synchronized
+            stack.callback(os.close, descriptor)
+            os.fsync(descriptor)
     except OSError as error:
         advice = {errno.ENOSPC: "free some space", errno.EDQUOT: "free some space",
                   errno.ENOENT: "make its folder first"}.get(error.errno or 0, "make it writable, or check the disk")
