@@ -28,7 +28,6 @@ FILES = {"train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
 NAMES = [name for names in FILES.values() for name in names]
 GZ_NAMES = [f"{name}.gz" for name in NAMES]
 SIZE = 28  # pixels a side
-HEADERS = {"images": (0x803, [SIZE, SIZE]), "labels": (0x801, [])}  # of IDX files: first number, shape of one item
 MAX_IMAGES = 1_000_000  # so that a header, or a small .gz file, can't ask for all the memory there is
 TIMEOUT = 20.0  # seconds without an answer after which a download gives up
 
@@ -88,8 +87,8 @@ def _read_idx(folder: Path, name: str, digests: Mapping[str, str], advice: str) 
     def bad(problem: str) -> UserError:
         return UserError(f"{path}: {problem}; {advice}")
 
-    kind = "images" if "images" in name else "labels"
-    expected, item = HEADERS[kind]
+    # What a file holds, the number that it starts with, and the shape of one item.
+    kind, expected, item = ("images", 0x803, [SIZE, SIZE]) if "images" in name else ("labels", 0x801, [])
     try:
         with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
             header = file.read(8 + 4 * len(item))
