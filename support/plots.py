@@ -14,7 +14,7 @@ from unittest import mock
 
 import numpy as np
 from numpy.typing import ArrayLike
-from PIL import Image, ImageDraw, ImageFilter, ImageFont, PngImagePlugin
+from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps, PngImagePlugin
 
 from support.files import write_atomically
 
@@ -75,8 +75,7 @@ def save_animation(path: Path, states: ArrayLike, metadata: Mapping[str, str]) -
 
 def save_number(path: Path, digits: ArrayLike, metadata: Mapping[str, str]) -> None:
     """PNG of digits [N, 1, 28, 28] as one handwritten number, dark on white paper, four times their size."""
-    line = Image.fromarray(set_in_line(digits))
-    line = line.resize((4 * line.width, 4 * line.height), Image.Resampling.BICUBIC)
+    line = ImageOps.scale(Image.fromarray(set_in_line(digits)), 4)
     line = line.filter(ImageFilter.GaussianBlur(2.0))  # the stairs of pixels vanish; contrast comes back below
     _save_png(path, 255 - 235 * np.clip((np.asarray(line) / 255 - 0.22) / 0.5, 0, 1), metadata)
 
@@ -102,10 +101,9 @@ def set_in_line(digits: ArrayLike, margin: int = 6) -> np.ndarray:
         np.maximum(line[y:y + 28, x:x + 28], tile, out=line[y:y + 28, x:x + 28])
         taken[rows[:, None] + y + near[0], cols[:, None] + x + near[1]] = True
         end = x + cols.max()
-    rows, cols = np.nonzero(line >= STROKE_LEVEL)
-    if len(rows) == 0:
-        return line[:, :end]
-    return line[rows.min() - margin:rows.max() + margin + 1, cols.min() - margin:cols.max() + margin + 1]
+    strokes = Image.fromarray(line >= STROKE_LEVEL).getbbox()
+    left, top, right, bottom = strokes or (margin, margin, end - margin, len(line) - margin)
+    return line[top - margin:bottom + margin, left - margin:right + margin]
 
 
 def save_losses(path: Path, columns: Mapping[str, Any], reference: Mapping[str, Any] | None,
@@ -261,8 +259,7 @@ def open_figure(path: Path, width: int, height: int, metadata: Mapping[str, str]
     with matplotlib.rc_context({**matplotlib.rcParamsDefault, "backend": "agg", **STYLE}):
         figure = matplotlib.figure.Figure((width / DPI, height / DPI), layout="constrained")
         yield figure
-        text = {"Software": None, **metadata}
-        write_atomically(path, lambda file: figure.savefig(file, format="png", metadata=text))
+        write_atomically(path, lambda file: figure.savefig(file, metadata={"Software": None, **metadata}))
 
 
 def _save_png(path: Path, pixels: ArrayLike, metadata: Mapping[str, str]) -> None:
