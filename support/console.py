@@ -5,7 +5,7 @@ import os
 import sys
 from collections import namedtuple
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 Place = namedtuple("Place", "rank world local_rank local_world", defaults=(0, 1, 0, 1))
@@ -47,13 +47,11 @@ def guarded_streams() -> Iterator[None]:
         while (null := os.open(os.devnull, os.O_RDWR)) <= 2:  # in place of standard streams that are closed,
             os.set_inheritable(null, True)  # else the next file, perhaps a checkpoint, would become "standard error"
         stack.callback(os.close, null)
-        for name in ("stdout", "stderr"):
-            before = getattr(sys, name)
-            stream = before or stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
+        for redirect, before in ((contextlib.redirect_stdout, sys.stdout), (contextlib.redirect_stderr, sys.stderr)):
+            stream: Any = before or stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
             with contextlib.suppress(AttributeError, ValueError, OSError):  # in a notebook it is something else
                 stream.reconfigure(errors="replace")  # for a console that lacks a letter
-            setattr(sys, name, Guarded(stream))
-            stack.callback(setattr, sys, name, before)
+            stack.enter_context(redirect(cast(Any, Guarded(stream))))
             stack.callback(_drain, stream, null)
         yield
 
