@@ -222,7 +222,5 @@ def is_there(folder: Path) -> bool:
 
 def keep_old(folder: Path, results: Path) -> None:
     """Keeps what an earlier run left: its checkpoints in checkpoints/NAME/old1/, its results in results/NAME/old1/."""
-    for place, paths in ((folder, [*folder.glob("last.*"), *folder.glob("previous.*")]),
-                         (results, [path for path in results.iterdir() if path.is_file()])):
-        if paths:
-            set_aside(paths, place)
+    set_aside([*folder.glob("last.*"), *folder.glob("previous.*")], folder)
+    set_aside([path for path in results.iterdir() if path.is_file()], results)

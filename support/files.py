@@ -68,8 +68,8 @@ def set_aside(paths: list[Path], folder: Path) -> Path:
     """Moves files to the first of folder/old1, folder/old2, ... that is free, and returns it; raises UserError."""
     place = next(place for n in range(1, 10**6) if not (place := folder / f"old{n}").exists())
     try:
-        place.mkdir(parents=True)
         for path in paths:
+            place.mkdir(parents=True, exist_ok=True)
             path.rename(place / path.name)
     except OSError as error:
         raise UserError(f"{folder}: can't set aside what it holds ({error.strerror}); choose another --name") from None
