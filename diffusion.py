@@ -53,8 +53,9 @@ class NoiseSchedule:
         snr = self.snr.clone()
         snr[0] = snr[1]  # t = 0 is never trained on; keep it finite
         # Squared errors: x0's is the noise's over SNR, and v's over SNR + 1.
-        own = {"noise": snr, "x0": torch.ones_like(snr), "v": snr + 1}[self.prediction]
-        return {"none": own, "snr": snr, "min-snr": snr.clamp(max=MIN_SNR_GAMMA)}[self.weighting] / own
+        plain = {"noise": snr, "x0": torch.ones_like(snr), "v": snr + 1}[self.prediction]
+        wanted = {"none": plain, "snr": snr, "min-snr": snr.clamp(max=MIN_SNR_GAMMA)}
+        return wanted[self.weighting] / plain
 
     def at(self, name: str, t: Tensor) -> Tensor:
         """Float32 values of alpha, sigma or loss_weights at t int64 [B], as [B, 1, 1, 1] on t's device."""

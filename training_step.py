@@ -78,9 +78,8 @@ class Learner:
         t = stratified_timesteps(schedule.timesteps, options.batch_size, uniform[:1], options.focus, self.focus)
         labels = self.images.labels[indices].masked_fill(uniform[1:] < options.label_dropout, NO_LABEL)
         x0 = to_unit(self.images.images[indices[share]])
-        bf16 = self.config.precision == "bf16"
-        weights = cast_together(self._network) if bf16 else {}
-        with runtime.autocast(bf16):
+        weights = cast_together(self._network) if self.config.precision == "bf16" else {}
+        with runtime.autocast(bool(weights)):
             losses = diffusion_loss(lambda *inputs: functional_call(self._network, weights, inputs), schedule, x0,
                                     labels[share], t[share], noise[share], options.clip_loss)
         return losses.sum() * (runtime.world / options.batch_size)  # the shares may differ by one image

@@ -1,6 +1,7 @@
 """Ready for a GPU, as far as a machine without one can tell: no waits, devices that don't mix, types, and our Muon."""
 
 import copy
+import re
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import config as configs
 import dataset
@@ -170,6 +172,24 @@ def test_weights_cast_at_once_are_those_that_autocast_casts_one_by_one() -> None
     assert all(torch.equal(*pair) and pair[0].dtype == pair[1].dtype for pair in zip(*found))
     assert len(weights) > 50 and {weight.dtype for weight in weights.values()} == {torch.bfloat16}
     assert counts[1] < counts[0] - len(weights)
+
+
+@pytest.mark.parametrize("flags", [(), ("--attention", "7", "--dropout", "0.1", "--optimizer", "adamw"),
+                                   ("--precision", "bf16", "--label-dropout", "0.5")])
+def test_no_operation_of_a_step_adds_numbers_in_any_order_on_a_gpu(flags: tuple[str, ...]) -> None:
+    """As those do that torch lists under use_deterministic_algorithms, and a lookup whose gradient is compiled."""
+    state, seen = tiny_state(*flags), set[str]()
+
+    class Names(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.add(func.overloadpacket.__name__.rstrip("_"))
+            return func(*args, **(kwargs or {}))
+
+    with Names():
+        state.learner.step(0, lr=1e-3)
+    assert "convolution_backward" in seen
+    assert not [name for name in seen if re.search("embedding|index_|scatter|put|gather|cumsum|histc|median|pool|"
+                                                   "upsample|pad.*backward|nll|grid|repeat_interleave", name)]
 
 
 def test_an_operation_whose_bits_may_differ_is_named() -> None:
