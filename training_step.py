@@ -37,7 +37,7 @@ class Learner:
         self.average = copy.deepcopy(self.network).eval().requires_grad_(False)  # its weights averaged over the steps
         self.optimizer = Optimizer(self.network, config.train)
         self._network = self.network if runtime.world == 1 else DistributedDataParallel(self.network)
-        self._loss = compiled(self.loss, runtime)
+        self._loss = compiled(self.loss, runtime, config.train.deterministic)
         alone_on_cuda = runtime.device.type == "cuda" and runtime.world == 1
         self._update = CudaGraph(self.update) if runtime.compile and alone_on_cuda else self.update
 

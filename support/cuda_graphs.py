@@ -10,11 +10,17 @@ from config import UserError
 from support.runtime import Runtime
 
 
-def compiled(function: Callable[..., Any], runtime: Runtime) -> Callable[..., Any]:
-    """torch.compile(function); or function itself, where compiling is off or, with a line, where it fails."""
+def compiled(function: Callable[..., Any], runtime: Runtime, deterministic: bool = False) -> Callable[..., Any]:
+    """torch.compile(function); or function itself, where compiling is off or, with a line, where it fails.
+
+    Unless `deterministic`, the compiler tries several kernels on a GPU, which add in different orders.
+    """
     if not runtime.compile:
         return function
     chosen: Callable[..., Any] = torch.compile(function)
+    if deterministic and runtime.device.type == "cuda" and "deterministic" in torch._inductor.list_options():
+        # Runtime.deterministic sets it as well, but not in the thread that compiles the backward pass.
+        chosen = torch.compile(function, options={"deterministic": True})
 
     def call(*args: Any) -> Any:
         nonlocal chosen

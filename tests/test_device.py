@@ -29,6 +29,7 @@ from evaluation.classifier import load_classifier
 from model import UNet
 from optimizer import Muon, update_average
 from support import checkpoint, plots
+from support.cuda_graphs import compiled
 from support.runtime import Runtime, cast_together, make_runtime
 from tests.conftest import TINY, write_set
 from tests.fake_mps import MPS, FakeMps, pretended_mps
@@ -302,6 +303,16 @@ def test_a_compiled_run_learns_the_same(monkeypatch: pytest.MonkeyPatch) -> None
         losses = [learner.step(step, 1e-3 * (step + 1)).item() for learner in (plain, traced)]
         assert losses[0] == pytest.approx(losses[1], abs=1e-3), step
     assert losses[0] < 0.9
+
+
+@pytest.mark.parametrize("flag, options", [("--deterministic", {"deterministic": True}), ("--no-deterministic", None)])
+def test_the_compiler_of_a_gpu_is_deterministic_too(flag: str, options: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else it tries kernels that add in different orders, and takes the fastest."""
+    wanted = []
+    monkeypatch.setattr(torch, "compile", lambda function, options=None: wanted.append(options) or function)
+    chosen = configs.parse([flag]).train.deterministic
+    compiled(nothing, Runtime(torch.device("cuda", 0), bf16=True, compile=True), chosen)
+    assert wanted[-1] == options
 
 
 def test_many_skipped_steps_in_a_row_end_a_run_though_the_last_was_finite() -> None:
