@@ -26,7 +26,7 @@ class GroupNorm(nn.GroupNorm):
 
 
 class Embedding(nn.Embedding):
-    """By a product with a one-hot: a GPU adds the gradients of a lookup in an order that changes from run to run."""
+    """By a product with a one-hot (a GPU adds a lookup's gradients in any order); zeros for an index out of range."""
 
     def forward(self, index: Tensor) -> Tensor:
         one_hot = index[:, None] == torch.arange(self.num_embeddings, device=index.device)  # [B, N]

@@ -82,12 +82,12 @@ class Muon(torch.optim.Optimizer):
             alike: dict[torch.Size | None, list[nn.Parameter]] = {}
             for weight in group["params"]:
                 if weight.grad is not None:
-                    alike.setdefault(weight.shape if weight.is_cpu else None, []).append(weight)
+                    alike.setdefault(weight.shape if weight.device.type == "cpu" else None, []).append(weight)
             for weights in alike.values():
                 self.move(weights, group)
 
     def move(self, weights: Sequence[nn.Parameter], group: dict[str, Any]) -> None:
-        """One update of weights [a, b, k, k], here matrices [a, k * k * b], all numbers one behind the other."""
+        """One update of weights [a, b, k, k], here matrices [a, k * k * b], flattened."""
         for weight in weights:
             if not self.state[weight]:
                 self.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
@@ -107,7 +107,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonal_change(directions: Tensor, shapes: tuple[tuple[int, int], ...]) -> Tensor:
-    """Orthogonalized matrices of these shapes, scaled to AdamW's size (2502.16982, eq. 4); all [n], in one row."""
+    """Orthogonalized matrices of these shapes, scaled to AdamW's size (2502.16982, eq. 4); flattened [n]."""
     if len(set(shapes)) == 1:
         return 0.2 * max(shapes[0]) ** 0.5 * orthogonalized(directions.view(-1, *shapes[0])).flatten()
     sources, places, scales = padding(shapes, directions.device)
@@ -116,16 +116,16 @@ def orthogonal_change(directions: Tensor, shapes: tuple[tuple[int, int], ...]) -
 
 @cache  # a captured CUDA graph goes on reading them
 def padding(shapes: tuple[tuple[int, int], ...], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """To lay matrices of these shapes, n numbers in one row, into N matrices [a, b] of one size, and back.
+    """To lay matrices of these shapes, flattened and concatenated to n numbers, into N of one size [a, b], and back.
 
-    Which number belongs into each place of [N, a, b], n for none; the places [n] of the numbers among N * a * b; and
-    the scale of each matrix [N, 1, 1].
+    The number that belongs into each place of [N, a, b], n for none; the places [n] of the numbers among N * a * b; and
+    the scale of each matrix [N, 1, 1]. Tall matrices lie on their side.
     """
     sizes = [a * b for a, b in shapes]
-    sources = torch.full((len(shapes), *map(max, zip(*shapes))), sum(sizes))
+    sources = torch.full((len(shapes), max(map(min, shapes)), max(map(max, shapes))), sum(sizes))
     for matrix, (a, b), numbers in zip(sources, shapes, torch.arange(sum(sizes)).split(sizes)):
-        matrix[:a, :b] = numbers.view(a, b)
-    places = (sources.flatten() < sum(sizes)).nonzero().flatten()
+        matrix[:min(a, b), :max(a, b)] = numbers.view(a, b).mT if a > b else numbers.view(a, b)
+    places = sources.flatten().argsort(stable=True)[:sum(sizes)]
     scales = torch.tensor([0.2 * max(shape) ** 0.5 for shape in shapes])[:, None, None]
     return sources.to(device), places.to(device), scales.to(device)
 

@@ -37,9 +37,9 @@ class Learner:
         self.average = copy.deepcopy(self.network).eval().requires_grad_(False)  # its weights averaged over the steps
         self.optimizer = Optimizer(self.network, config.train)
         self._network = self.network if runtime.world == 1 else DistributedDataParallel(self.network)
-        self._loss = compiled(self.loss, runtime, config.train.deterministic)
+        self._compiled_loss = compiled(self.loss, runtime, config.train.deterministic)
         alone_on_cuda = runtime.device.type == "cuda" and runtime.world == 1
-        self._update = CudaGraph(self.update) if runtime.compile and alone_on_cuda else self.update
+        self._captured_update = CudaGraph(self.update) if runtime.compile and alone_on_cuda else self.update
 
     def step(self, number: int, lr: float) -> Tensor:
         """One step, of all processes together; the batch's mean loss [], nan if the step was skipped."""
@@ -50,7 +50,7 @@ class Learner:
         batch = random_batch(config.seed, number, config.train.batch_size, len(self.images), device)
         ema_rate = 1 - min(config.train.ema, (1 + number) / (10 + number))  # the first averages are short-lived
         with self.runtime.deterministic(config.train.deterministic):
-            return self._update(*batch, torch.full((), ema_rate, device=device))
+            return self._captured_update(*batch, torch.full((), ema_rate, device=device))
 
     def update(self, indices: Tensor, uniform: Tensor, noise: Tensor, ema_rate: Tensor) -> Tensor:
         """What a step does with `random_batch`; a loss or gradient that is not finite never reaches the weights.
@@ -58,7 +58,7 @@ class Learner:
         The device decides everything here: the host launches the step and does not wait for it. On a GPU this becomes
         one CUDA graph, so that this Python runs in the first steps only: what changes later has to be an argument.
         """
-        loss = self._loss(indices, uniform, noise)
+        loss = self._compiled_loss(indices, uniform, noise)
         loss.backward()
         norm = nn.utils.clip_grad_norm_(self.network.parameters(), self.config.train.grad_clip)
         total = loss.detach()

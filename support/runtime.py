@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from config import Config, Precision, UserError
 from support import console
 
-os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it as it starts; unset, its bits may vary
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it as it starts; unset, runs may differ
 
 
 @dataclass(frozen=True)
@@ -60,11 +60,11 @@ class Runtime:
             yield
             return
         torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # a kernel each
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # by a kernel
         try:
             yield
         except RuntimeError as error:
-            if "deterministic" not in str(error):
+            if "does not have a deterministic implementation" not in str(error):
                 raise
             raise UserError(f"{str(error).split()[0]} has no form on a GPU that gives the same bits in every run: "
                             "replace it in the network, or add --no-deterministic") from None
@@ -105,26 +105,26 @@ class Runtime:
 
 
 def cast_together(network: nn.Module) -> dict[str, Tensor]:
-    """All weights of convolutions and linear layers in bfloat16, by name, to be used under autocast.
+    """The weights of convolutions and linear layers in bfloat16, by name, to be used under autocast.
 
-    It would cast each by itself, with the same result but a kernel for each weight and one for each gradient.
+    It would cast each by itself, with the same result but a kernel for each weight and one for each gradient. It still
+    does for layers of other classes, which may do something else with their weights.
     """
-    layers = [(name, layer) for name, layer in network.named_modules()
-              if isinstance(layer, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d))]
-    weights = {f"{name}.{part}": weight for name, layer in layers for part, weight in layer.named_parameters()}
-    return dict(zip(weights, _Cast.apply(torch.bfloat16, *weights.values())))
+    names = {weight: f"{name}.{part}" for name, layer in network.named_modules()
+             if type(layer) in (nn.Linear, nn.Conv2d, nn.ConvTranspose2d) for part, weight in layer.named_parameters()}
+    return dict(zip(names.values(), _Cast.apply(torch.bfloat16, *names)))
 
 
 class _Cast(torch.autograd.Function):
     @staticmethod
-    def forward(_: Any, dtype: torch.dtype, *tensors: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+    def forward(ctx: Any, dtype: torch.dtype, *tensors: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
         results = [torch.empty_like(tensor, dtype=dtype) for tensor in tensors]
         torch._foreach_copy_(results, list(tensors))
         return tuple(results)
 
     @staticmethod
-    def backward(_: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        return None, *_Cast.forward(_, torch.float32, *gradients)
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        return None, *_Cast.forward(ctx, torch.float32, *gradients)
 
 
 @contextlib.contextmanager
@@ -154,7 +154,6 @@ def make_runtime(config: Config, rank: int = 0, world: int = 1, local_rank: int 
     gpu = device.type == "cuda"
     if gpu:
         torch.cuda.set_device(device)  # of which fast_bf16 asks
-        torch.backends.cudnn.deterministic = True  # in sampling too
         torch.set_float32_matmul_precision("high")  # TF32, where float32 is asked for
     bf16 = config.precision == "bf16" or config.precision == "auto" and gpu and fast_bf16(device)
     # On a CPU compiling takes minutes to gain 11% (benchmarks/README.md), so only on request.

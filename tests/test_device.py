@@ -1,6 +1,8 @@
 """Ready for a GPU, as far as a machine without one can tell: no waits, devices that don't mix, types, and our Muon."""
 
+import contextlib
 import copy
+import os
 import re
 from dataclasses import replace
 from functools import partial
@@ -171,7 +173,10 @@ def test_weights_cast_at_once_are_those_that_autocast_casts_one_by_one() -> None
         found.append([prediction, *gradients])
         counts.append(operations.count)
     assert all(torch.equal(*pair) and pair[0].dtype == pair[1].dtype for pair in zip(*found))
-    assert len(weights) > 50 and {weight.dtype for weight in weights.values()} == {torch.bfloat16}
+    layers = {name for name, layer in network.named_modules() if type(layer).__name__ in (
+        "Linear", "Conv2d", "ConvTranspose2d")}
+    assert weights.keys() == {f"{name}.{part}" for name in layers for part in ("weight", "bias")}
+    assert {weight.dtype for weight in weights.values()} == {torch.bfloat16}
     assert counts[1] < counts[0] - len(weights)
 
 
@@ -201,10 +206,54 @@ def test_an_operation_whose_bits_may_differ_is_named() -> None:
             assert not torch.are_deterministic_algorithms_enabled()
     with pytest.raises(UserError, match="^put_ has no form .* --no-deterministic$"), gpu.deterministic(True):
         assert torch.are_deterministic_algorithms_enabled()
+        assert not torch.utils.deterministic.fill_uninitialized_memory and os.environ["CUBLAS_WORKSPACE_CONFIG"]
         torch.zeros(3).put_(torch.tensor([0]), torch.ones(1))
     with pytest.raises(RuntimeError, match="another"), gpu.deterministic(True):
-        raise RuntimeError("another")
+        raise RuntimeError("another deterministic one")
     assert not torch.are_deterministic_algorithms_enabled()
+
+
+@pytest.mark.parametrize("flag, wanted", [((), True), (("--no-deterministic",), False)])
+def test_a_step_is_deterministic_unless_told_otherwise(flag: tuple[str, ...], wanted: bool,
+                                                       monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(Runtime, "deterministic", lambda _, wanted: asked.append(wanted) or contextlib.nullcontext())
+    tiny_state(*flag).learner.step(0, lr=1e-3)
+    assert asked == [wanted]
+
+
+class Scaled(nn.Linear):
+    """Changes its own weight as it is used."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            self.weight.mul_(0.5)
+        return super().forward(x)
+
+
+def test_layers_that_do_more_with_their_weights_are_left_to_autocast() -> None:
+    network = nn.Sequential(nn.Linear(4, 4), Scaled(4, 4), nn.Linear(4, 4), nn.utils.parametrizations.weight_norm(
+        nn.Linear(4, 4)))
+    network[2].weight = network[0].weight  # shared
+    before = network[1].weight.clone()
+    with CPU.autocast(True):
+        weights = cast_together(network)
+        functional_call(network, weights, (torch.ones(1, 4),)).float().sum().backward()
+    assert weights.keys() == {"2.weight", "0.bias", "2.bias"}
+    assert torch.equal(network[1].weight, before / 2) and network[0].weight.grad.dtype == torch.float32
+
+
+def test_muon_moves_all_weights_at_once_but_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    moved: list[int] = []
+    monkeypatch.setattr(Muon, "move", lambda _, weights, group: moved.append(len(weights)))
+    shapes: list[tuple[int, ...]] = [(8, 8, 3, 3), (16, 8, 3, 3), (8, 8, 3, 3)]
+    with pretended_mps():
+        for device in (torch.device("cpu"), MPS):
+            weights = [nn.Parameter(weight.detach().to(device)) for weight in parameters(shapes)]
+            for weight in weights:
+                weight.grad = torch.ones_like(weight)
+            Muon(weights, lr=0.1, weight_decay=0.1).step()
+    assert moved == [2, 1, 3]
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.9])
@@ -334,8 +383,10 @@ def test_a_gpu_learns_and_samples_the_same_in_graphs(flags: tuple[str, ...], gra
         losses = [state.learner.step(step, lr=1e-3).item() for state in (one, other)]
         assert losses[0] == pytest.approx(losses[1], abs=1e-3), step
     torch.cuda.set_sync_debug_mode("error")
-    one.learner.step(20, lr=0.0)  # never waits for the GPU
-    torch.cuda.set_sync_debug_mode("default")
+    try:
+        one.learner.step(20, lr=0.0)  # never waits for the GPU
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
     def sampled(*compiles: bool) -> list[Tensor]:
         model = current_model(other)
