@@ -79,7 +79,7 @@ class Learner:
         labels = self.images.labels[indices].masked_fill(uniform[1:] < options.label_dropout, NO_LABEL)
         x0 = to_unit(self.images.images[indices[share]])
         weights = cast_together(self._network) if self.config.precision == "bf16" else {}
-        with runtime.autocast(bool(weights)):
+        with runtime.autocast(self.config.precision == "bf16"):
             losses = diffusion_loss(lambda *inputs: functional_call(self._network, weights, inputs), schedule, x0,
                                     labels[share], t[share], noise[share], options.clip_loss)
         return losses.sum() * (runtime.world / options.batch_size)  # the shares may differ by one image

@@ -60,7 +60,7 @@ class Runtime:
             yield
             return
         torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # by a kernel
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # saves kernels
         try:
             yield
         except RuntimeError as error:

@@ -243,6 +243,14 @@ def test_layers_that_do_more_with_their_weights_are_left_to_autocast() -> None:
     assert torch.equal(network[1].weight, before / 2) and network[0].weight.grad.dtype == torch.float32
 
 
+def test_a_network_of_such_layers_alone_trains_in_bf16_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training_step, "cast_together", lambda _: {})
+    state = tiny_state("--precision", "bf16")
+    seen = watched(state)
+    state.learner.step(0, lr=1e-3)
+    assert seen["Conv2d"] == seen["Linear"] == {torch.bfloat16} and seen["GroupNorm"] == {torch.float32}
+
+
 def test_muon_moves_all_weights_at_once_but_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     moved: list[int] = []
     monkeypatch.setattr(Muon, "move", lambda _, weights, group: moved.append(len(weights)))
