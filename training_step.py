@@ -32,7 +32,7 @@ class Learner:
         self.config, self.images, self.runtime = config, images, runtime
         self.schedule = make_schedule(config.diffusion)
         self.schedule.copy_to(runtime.device)
-        self.focus = self.schedule.focus
+        self.focus = self.schedule.focus  # here, since a compiler can't trace a property that is cached
         self.network = UNet(config.model).to(runtime.device).to(memory_format=torch.channels_last).train()
         self.average = copy.deepcopy(self.network).eval().requires_grad_(False)  # its weights averaged over the steps
         self.optimizer = Optimizer(self.network, config.train)
