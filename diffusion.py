@@ -14,6 +14,9 @@ from torch import Tensor
 
 from config import DiffusionConfig, UserError
 from dataset import NO_LABEL
+from support import code
+
+code.register(__file__)
 
 Network = Callable[[Tensor, Tensor, Tensor], Tensor]
 Denoiser = Callable[[Tensor, int], Tensor]
@@ -164,9 +167,9 @@ def make_denoiser(network: Network, schedule: NoiseSchedule, labels: Tensor, gui
         if guidance == 1 or not low <= schedule.alpha_bar[t] <= high:
             prediction = network(x_in, times, labels).to(x.dtype)
         else:
-            both = network(x_in.repeat(2, 1, 1, 1), times.repeat(2), both_labels)
-            labelled, free = both.to(x.dtype).chunk(2)
-            prediction = free + guidance * (labelled - free)
+            predictions = network(x_in.repeat(2, 1, 1, 1), times.repeat(2), both_labels)
+            labelled, unconditional = predictions.to(x.dtype).chunk(2)
+            prediction = unconditional + guidance * (labelled - unconditional)
         return predicted_x0(schedule, prediction, x, t).clamp(-1, 1)
 
     return denoise

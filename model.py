@@ -14,6 +14,9 @@ from torch import Tensor, nn
 
 from config import ModelConfig
 from dataset import NO_LABEL
+from support import code
+
+code.register(__file__)
 
 RESOLUTIONS = (28, 14, 7)  # pixels at the three stages
 
@@ -99,12 +102,13 @@ class UNet(nn.Module):
 
         self.down, self.up, self.shrink, self.grow = (nn.ModuleList() for _ in range(4))
         for level, resolution in enumerate(RESOLUTIONS):
-            here = channels[level]
+            level_channels = channels[level]
             if level:
-                self.shrink.append(nn.Conv2d(channels[level - 1], here, 3, stride=2, padding=1))
-                self.grow.append(nn.ConvTranspose2d(here, channels[level - 1], 2, stride=2))
-            for way in (self.down, self.up):
-                way.append(nn.ModuleList(Stage(here, resolution, config) for _ in range(config.blocks[level])))
+                self.shrink.append(nn.Conv2d(channels[level - 1], level_channels, 3, stride=2, padding=1))
+                self.grow.append(nn.ConvTranspose2d(level_channels, channels[level - 1], 2, stride=2))
+            for stages in (self.down, self.up):
+                stages.append(nn.ModuleList(Stage(level_channels, resolution, config)
+                                            for _ in range(config.blocks[level])))
 
         self.norm = GroupNorm(config.groups, channels[0])
         self.head = zeroed(nn.Conv2d(channels[0], 1, 3, padding=1))

@@ -3,21 +3,22 @@
 import importlib
 import sys
 
-from config import UserError, parse
-from support import console
+from config import UserError
+from support import console, settings
 
-MODULES = {"train": "train", "sample": "sample", "evaluate": "evaluation.evaluate", "compare": "evaluation.compare"}
+MODULES = {"train": "training.loop", "sample": "sample", "evaluate": "evaluation.evaluate",
+           "compare": "evaluation.compare"}
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one mode and returns the exit status: 0, 2 for what the user can mend, 128 + n after signal n."""
     with console.guarded_streams():
         try:
-            config = parse(sys.argv[1:] if argv is None else argv)
-            from support import runtime  # torch is imported from here on: a wrong flag was answered before
+            config = settings.parse(sys.argv[1:] if argv is None else argv)
+            from support import runtime as runtimes  # torch is imported from here on: a wrong flag was answered before
 
-            with runtime.start(config) as here:
-                return importlib.import_module(MODULES[config.mode]).main(config, here) or 0
+            with runtimes.start(config) as runtime:
+                return importlib.import_module(MODULES[config.mode]).main(config, runtime) or 0
         except UserError as error:
             if console.place().rank == 0:
                 print(f"error: {error}", file=sys.stderr)

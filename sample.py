@@ -15,15 +15,18 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from config import SAMPLING, Config, SampleConfig, UserError, network_settings, validate
-from dataset import CLASSES, NO_LABEL, NOTICE, settle, to_uint8
+from config import Config, SampleConfig, UserError
+from dataset import CLASSES, NO_LABEL, to_uint8
 from diffusion import Denoiser, Network, NoiseSchedule, make_denoiser
 from model import UNet
 from samplers import SAMPLERS, spaced_timesteps
-from support import checkpoint, plots
+from support import checkpoint, plots, selection
 from support.files import make_folder, write_atomically, write_results
+from support.loading import NOTICE
+from support.precision import autocast
 from support.randomness import LABEL_STREAM, NOISE_STREAM, generator
 from support.runtime import Runtime, make_runtime
+from support.settings import SAMPLER_OF, SAMPLING, network_settings, validate
 
 SHOWN = 6  # images in the pictures of the process
 COLUMNS, FRAMES = 15, 60  # states in process.png and in process.gif, at most
@@ -118,7 +121,7 @@ def load_model(name: str | Path = "pretrained", device: str = "auto", precision:
     Prints nothing and joins no process group. Raises UserError for a file or a device that is not there.
     """
     config = validate(Config(device=device, precision=cast(Any, precision), compile="off"))
-    return load_checkpoint(checkpoint.named(str(name), "load_model:"), make_runtime(config))
+    return load_checkpoint(selection.resolve(str(name), "load_model:"), make_runtime(config))
 
 
 def load_checkpoint(path: Path, runtime: Runtime) -> LoadedModel:
@@ -133,7 +136,7 @@ def load_checkpoint(path: Path, runtime: Runtime) -> LoadedModel:
         raise UserError(f"{path}: it does not hold its noise schedule; {checkpoint.ADVICE}")
     network = UNet(settings)
     checkpoint.load_weights(network, state["ema"], path)
-    network = network.eval().requires_grad_(False).to(runtime.device).to(memory_format=torch.channels_last)
+    network = network.eval().requires_grad_(False).to(runtime.device).to(memory_format=runtime.memory_format)
     return LoadedModel(network, NoiseSchedule(alpha_bar.double(), prediction), runtime, state["config"],
                        state["history"], checkpoint.weights_digest(state["ema"]), state["step"], path)
 
@@ -191,8 +194,8 @@ def choose_labels(digits: str | None, seed: int, indices: Sequence[int], classes
 
 def provenance(model: LoadedModel, request: SampleRequest) -> dict[str, str]:
     """Where images came from, for the metadata of a PNG and for reports."""
-    knobs = {name: str(getattr(request.options, name))
-             for name in ("sampler", "steps", "spacing", "eta", "variance", "digits")}
+    knobs = {name: str(getattr(request.options, name)) for name in (*SAMPLING, "digits")
+             if not name.startswith("guidance")}
     return {"weights": model.digest, "trained_on": str(model.data.get("name", "unknown")), "step": str(model.step),
             "seed": str(request.seed), "guidance": f"{request.guidance:g}",
             "guidance_interval": "{:g} {:g}".format(*request.interval), **knobs}
@@ -216,7 +219,7 @@ def sample_images(model: LoadedModel, request: SampleRequest, shown: int = 0,
         states = torch.zeros(len(request.timesteps), min(shown, len(images)), 1, 28, 28, dtype=torch.uint8)
         bar = tqdm(total=len(mine) * len(request.timesteps), desc="sampling", unit="step", leave=False,
                    disable=not (progress and runtime.rank == 0))
-        with bar, torch.inference_mode(), runtime.autocast():
+        with bar, torch.inference_mode(), autocast(runtime.device, runtime.bf16):
             for positions in mine:
                 seen = positions[:sum(position < states.shape[1] for position in positions)]  # positions ascend
                 part = request._replace(indices=[request.indices[position] for position in positions],
@@ -244,11 +247,10 @@ def _chunk_states(model: LoadedModel, request: SampleRequest) -> Iterator[Tensor
 
     options = request.options
     denoise = make_denoiser(model.network, model.schedule, labels, request.guidance, request.interval)
-    own: dict[str, dict[str, Any]] = {"ddim": {"eta": options.eta}, "ddpm": {"variance": options.variance}}
-    sampler = SAMPLERS[options.sampler]
+    own_options = {name: getattr(options, name) for name, sampler in SAMPLER_OF.items() if sampler == options.sampler}
     x = randn()
     yield x[slots]
-    for s, x, _ in sampler(denoise, model.schedule, x, request.timesteps, randn, **own.get(options.sampler, {})):
+    for s, x, _ in SAMPLERS[options.sampler](denoise, model.schedule, x, request.timesteps, randn, **own_options):
         if not torch.isfinite(x).all():
             raise UserError(f"the images stopped being finite at t = {s} of {request.timesteps[0]} ({options.sampler}, "
                             f"{options.steps} steps): try --precision fp32, a lower --guidance or another checkpoint")
@@ -257,13 +259,13 @@ def _chunk_states(model: LoadedModel, request: SampleRequest) -> Iterator[Tensor
 
 def main(config: Config, runtime: Runtime) -> None:
     """Samples from a checkpoint as config.sample says, and writes pictures and arrays to its results folder."""
-    config = settle(config, runtime)
+    config = selection.settle(config, runtime)
     model = load_checkpoint(cast(Path, config.sample.checkpoint), runtime)
     options = replace(config.sample, digits=config.sample.write or config.sample.digits)
     count = len(config.sample.write or "") or options.num_images or 256
     request = make_request(model, options, config.seed, count)
     announce(model, request)
-    folder = checkpoint.results_folder(model.path, model.digest)
+    folder = selection.results_folder(model.path, model.digest)
     runtime.on_rank0(lambda: make_folder(folder) and None)
     images, states = sample_images(model, request, SHOWN, progress=True)
     for path in runtime.on_rank0(lambda: write_images(folder, to_uint8(images), model, request, states)):

@@ -19,18 +19,19 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from support import settings
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import config as configs
 from config import Config, UserError
 from dataset import CLASSES, LabelledImages, to_uint8
 from evaluation.classifier import load_classifier
 from evaluation.reference import Reference
-from optimizer import learning_rate
 from sample import choose_labels, make_request, sample_images
 from support.runtime import Runtime
-from training_log import current_model
-from training_state import new_state
+from training.log import current_model
+from training.optimizer import learning_rate
+from training.state import new_state
 
 HERE = Path(__file__).resolve().parent
 QUALITY_IMAGES = 2000  # sampled images in each Fréchet distance
@@ -71,7 +72,7 @@ def config_of(options: argparse.Namespace | None, *flags: str) -> Config:
     for flag in ("--data-dir", "--device", "--seed"):
         value = getattr(options, flag[2:].replace("-", "_"), None)
         shared += [] if value is None else [flag, str(value)]
-    return configs.parse([*shared, *flags])
+    return settings.parse([*shared, *flags])
 
 
 def run_script(main: Callable[[list[str]], None]) -> None:

@@ -25,12 +25,11 @@ from common import Operations, Parser, Trainee, config_of, machine, run_script, 
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.benchmark import Timer
 
-import dataset
-import training_step
+import training.step
 from config import ROOT, UserError
 from dataset import to_uint8
 from sample import load_checkpoint, make_request, sample_images
-from support import checkpoint
+from support import checkpoint, loading, selection
 from support.runtime import Runtime, start
 
 os.environ.setdefault("TEARDOWN_CUPTI", "0")  # else profiles that follow each other closely may see no kernels
@@ -43,7 +42,7 @@ class Bench:
 
     def __init__(self, runtime: Runtime, data: list[str], quick: bool) -> None:
         self.device, self.data, self.quick = runtime.device, data, quick
-        self.train, self.test = dataset.load_both(config_of(None, *data), runtime)
+        self.train, self.test = loading.load_both(config_of(None, *data), runtime)
         self.cuda = self.device.type == "cuda"
 
     def trainee(self, bf16: bool = True, compile: bool = False, batch: int = 64, deterministic: bool = True) -> Trainee:
@@ -89,12 +88,12 @@ def origins(bench: Bench, compile: bool) -> str:
     parts = ((name, part, "step") for name, part in learner.optimizer.parts.items())
     with contextlib.ExitStack() as patched:
         for name, owner, attribute in (
-                ("random numbers", training_step, "random_batch"), ("forward", learner, "_compiled_loss"),
+                ("random numbers", training.step, "random_batch"), ("forward", learner, "compiled_loss"),
                 ("backward", torch.Tensor, "backward"), ("clipping", torch.nn.utils, "clip_grad_norm_"), *parts,
-                ("average", training_step, "update_average")):
+                ("average", training.step, "update_average")):
             work = counting(name, getattr(owner, attribute))
             patched.enter_context(mock.patch.object(owner, attribute, work))
-        patched.enter_context(mock.patch.object(learner, "_captured_update", learner.update))
+        patched.enter_context(mock.patch.object(learner, "graph", None))
         trainee.step(0.5)
     return f"{sum(counts.values()):,}: " + ", ".join(f"{name} {count}" for name, count in counts.items())
 
@@ -127,7 +126,7 @@ def devices(bench: Bench, bf16: bool) -> str:
     """The shipped weights, the same seeds, here and on the CPU: pixels that are not 0 in both."""
     images = []
     for device in (torch.device("cpu"), bench.device):
-        model = load_checkpoint(checkpoint.PRETRAINED, Runtime(device, bf16 and device.type != "cpu", compile=False))
+        model = load_checkpoint(selection.PRETRAINED, Runtime(device, bf16 and device.type != "cpu", compile=False))
         request = make_request(model, config_of(None).sample, 0, 4 if bench.quick else 64)
         images.append(to_uint8(sample_images(model, request)[0]).int())
     alike = (images[0] - images[1]).abs()[(images[0] > 0) | (images[1] > 0)] <= 1

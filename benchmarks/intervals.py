@@ -13,11 +13,11 @@ from statistics import mean
 import torch
 from common import Parser, config_of, machine, make_reference, run_script
 
-import dataset
 from dataset import CLASSES, LabelledImages, to_uint8
 from evaluation.compare import Difference, differences
 from evaluation.reference import DECIDING, Measurement, Reference
 from sample import LoadedModel, load_checkpoint, make_request, sample_images
+from support import loading
 from support.runtime import Runtime
 
 Found = dict[str, Measurement]
@@ -52,7 +52,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--halves", type=int, default=5, help="of the training set, for real against real")
     options = parser.parse(argv)
     runtime, config = Runtime(torch.device("cpu"), bf16=False, compile=False), config_of(options, "--guidance", "1")
-    train, test = dataset.load_both(config, runtime)
+    train, test = loading.load_both(config, runtime)
     models = [load_checkpoint(path, runtime) for path in options.checkpoints]
     reference = make_reference(train, test, options.images)
 

@@ -35,12 +35,12 @@ import common
 import torch
 from torch import Tensor, nn
 
-import dataset
 from config import UserError
 from dataset import CLASSES, LabelledImages, to_uint8, to_unit
 from sample import choose_labels
-from support import runtime
+from support import loading, runtime
 from support.cuda_graphs import compiled
+from support.precision import autocast
 from support.runtime import Runtime
 
 STEPS, TIMESTEPS = 15, 1000  # network evaluations of an image; noise levels
@@ -81,7 +81,7 @@ def diffusers(images: LabelledImages, here: Runtime, options: Namespace, predict
         chosen = torch.randint(len(images), (BATCH,), device=device)
         x0, labels = to_unit(images.images[chosen]), images.labels[chosen]
         noise, t = torch.randn_like(x0), torch.randint(TIMESTEPS, (BATCH,), device=device)
-        with here.autocast(here.training_precision("auto") == "bf16"):
+        with autocast(here.device, here.training_precision("auto") == "bf16"):
             answer = forward(noising.add_noise(x0, noise, t), t, labels)
         target = noise if prediction == "epsilon" else noising.get_velocity(x0, noise, t)
         nn.functional.mse_loss(answer.float(), target).backward()
@@ -96,7 +96,7 @@ def diffusers(images: LabelledImages, here: Runtime, options: Namespace, predict
         average.store(network.parameters())
         average.copy_to(network.parameters())
         network.eval()
-        with torch.inference_mode(), here.autocast():
+        with torch.inference_mode(), autocast(here.device, here.bf16):
             for asked in labels.split(CHUNK):
                 solver.set_timesteps(STEPS, device=device)
                 x = torch.randn(len(asked), 1, 28, 28, device=device)
@@ -138,7 +138,7 @@ def show(report: dict[str, Any]) -> str:
 
 def compare(options: Namespace, here: Runtime) -> dict[str, Any]:
     """Measures what the report in options.out lacks, saves it there after each measurement, and returns it."""
-    images, test = dataset.load_both(common.config_of(options), here)
+    images, test = loading.load_both(common.config_of(options), here)
     reference = common.make_reference(images, test, options.images)
     settings = {"steps": STEPS, "minutes": options.minutes, "clock": options.clock, "batch": BATCH,
                 "images": options.images, "seed": options.seed, "classifier": reference.classifier.digest,

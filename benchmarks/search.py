@@ -34,11 +34,9 @@ from common import (
     table,
 )
 
-import config as configs
-import dataset
-from support import checkpoint, runtime
+from support import checkpoint, loading, runtime, settings
 from support.files import make_folder
-from training_log import test_loss
+from training.log import test_loss
 
 # One knob at a time, and what the original paper has.
 RECIPES: dict[str, str] = {
@@ -83,7 +81,7 @@ def train_and_measure(task: tuple[str, int, argparse.Namespace]) -> dict[str, An
     torch.set_num_threads(1)
     config = config_of(options, "--seed", str(seed), *RECIPES[name].split())
     with runtime.start(config) as here:
-        train, test = dataset.load_both(config, here)
+        train, test = loading.load_both(config, here)
         trainee = Trainee(config, here, train, test)
         clock = time.process_time if here.device.type == "cpu" else time.perf_counter
         losses = []
@@ -97,7 +95,7 @@ def train_and_measure(task: tuple[str, int, argparse.Namespace]) -> dict[str, An
         found = measured(reference, *trainee.sample(options.images, guidance=1.0))
     if options.keep is not None:
         path = options.keep / f"{name.replace(' ', '-')}-s{seed}.safetensors"
-        checkpoint.save(path, {"config": configs.stored(state.config), "model": None, "optimizer": None,
+        checkpoint.save(path, {"config": settings.stored(state.config), "model": None, "optimizer": None,
                                "ema": state.learner.average.state_dict(), "step": state.step, "history": state.history})
     parameters, gflop = count(state.learner.network)
     seen, last = state.step * config.train.batch_size, [loss for loss in losses[-100:] if math.isfinite(loss)]

@@ -21,12 +21,11 @@ import numpy as np
 import torch
 from common import Parser, config_of, run_script
 
-import dataset
 from config import ROOT
 from dataset import to_uint8, to_unit
 from diffusion import add_noise
 from sample import load_checkpoint, make_request, sample_images
-from support import checkpoint, idx, plots, runtime
+from support import checkpoint, idx, loading, plots, runtime, selection
 from support.files import make_folder, write_atomically
 from support.randomness import NOISE_STREAM, generator
 
@@ -37,31 +36,31 @@ LEVELS, DIGIT = (50, 200, 400, 600, 800, 950), 5  # timesteps, and the digit tha
 def ship_weights(source: Path) -> None:
     state = checkpoint.load(source)
     ema = {name: value.half() for name, value in state["ema"].items()}
-    checkpoint.save(checkpoint.PRETRAINED, {**state, "ema": ema, "model": None, "optimizer": None})
-    print(f"{checkpoint.PRETRAINED}: {checkpoint.PRETRAINED.stat().st_size / 1e6:.1f} MB, step {state['step']:,}, "
+    checkpoint.save(selection.PRETRAINED, {**state, "ema": ema, "model": None, "optimizer": None})
+    print(f"{selection.PRETRAINED}: {selection.PRETRAINED.stat().st_size / 1e6:.1f} MB, step {state['step']:,}, "
           f"weights {checkpoint.weights_digest(ema)}")
 
 
 def ship_digits() -> None:
     config = config_of(None, "--mode", "sample")
     with runtime.start(config) as here:
-        model = load_checkpoint(checkpoint.PRETRAINED, here)
+        model = load_checkpoint(selection.PRETRAINED, here)
         request = make_request(model, replace(config.sample, digits="0123456789"), SEED, COUNT)
         images, labels = to_uint8(sample_images(model, request, progress=True)[0])[:, 0], request.labels
-    make_folder(dataset.GENERATED)
+    make_folder(loading.GENERATED)
     for split, part in (("train", slice(0, COUNT - TEST)), ("test", slice(COUNT - TEST, COUNT))):
         for name, array in zip(idx.FILES[split], (images[part].numpy(), labels[part].numpy().astype(np.uint8))):
             content = struct.pack(f">HBB{array.ndim}I", 0, 8, array.ndim, *array.shape) + array.tobytes()
             packed = gzip.compress(content, 9, mtime=0)
-            write_atomically(dataset.GENERATED / f"{name}.gz", methodcaller("write", packed))
+            write_atomically(loading.GENERATED / f"{name}.gz", methodcaller("write", packed))
             print(f'"{name}": "{hashlib.md5(content).hexdigest()}",  # {len(packed) / 1e6:.2f} MB packed')
 
 
 def make_pictures() -> None:
     config = config_of(None, "--dataset", "generated")
     with runtime.start(config) as here:
-        model = load_checkpoint(checkpoint.PRETRAINED, here)
-        digits = dataset.load(config, "test")
+        model = load_checkpoint(selection.PRETRAINED, here)
+        digits = loading.load_split(config, "test")
         digit = digits[torch.tensor([int((digits.labels == DIGIT).nonzero()[0])])]
         x0, denoise = to_unit(digit.images), model.denoiser(digit.labels)
         noise = torch.randn(x0.shape, generator=generator("cpu", SEED, NOISE_STREAM))

@@ -18,13 +18,12 @@ from typing import Any
 import torch
 from common import HERE, Parser, run_script
 
-import config as configs
 import dataset
 from config import UserError
 from evaluation.evaluate import require_its_images
 from evaluation.reference import make_reference, rows
 from sample import load_checkpoint, make_request, provenance, sample_images
-from support import runtime
+from support import loading, runtime, selection, settings
 from support.files import write_atomically
 
 
@@ -38,20 +37,20 @@ def main(argv: list[str]) -> None:
     if not words:
         raise UserError('give settings after --, one word each, such as "--guidance 2"; see --help')
     for word in words:
-        if other := {*configs.given(shlex.split(word))} - {*configs.SAMPLING}:
-            raise UserError(f"'{word}': a setting is how it is sampled ({', '.join(configs.SAMPLING)}); give "
+        if other := {*settings.given(shlex.split(word))} - {*settings.SAMPLING}:
+            raise UserError(f"'{word}': a setting is how it is sampled ({', '.join(settings.SAMPLING)}); give "
                             f"{', '.join(sorted(other))} before --, for all of them")
-    settings = [configs.parse(["--mode", "evaluate", *flags, *shlex.split(word)]) for word in words]
-    if "seed" in configs.given(flags):
+    configs = [settings.parse(["--mode", "evaluate", *flags, *shlex.split(word)]) for word in words]
+    if "seed" in settings.given(flags):
         raise UserError("--seed: give --seeds, whose images are pooled")
     seeds = options.seeds
     table: list[Any] = [*csv.DictReader(options.out.read_text("utf-8").splitlines())] if options.out.exists() else []
-    with runtime.start(settings[0]) as here:
-        config = dataset.settle(settings[0], here)
-        model, data = load_checkpoint(Path(str(config.sample.checkpoint)), here), dataset.load_both(config, here)
-        require_its_images(model, images := dataset.describe(data[0], config.dataset), settings[0].dataset != "auto")
+    with runtime.start(configs[0]) as here:
+        config = selection.settle(configs[0], here)
+        model, data = load_checkpoint(Path(str(config.sample.checkpoint)), here), loading.load_both(config, here)
+        require_its_images(model, images := dataset.describe(data[0], config.dataset), configs[0].dataset != "auto")
         reference = None
-        for each in settings:
+        for each in configs:
             requests = [make_request(model, each.sample, seed, each.sample.num_images or 10_000) for seed in seeds]
             labels = torch.cat([request.labels for request in requests])
             reference = reference or make_reference(config, *data, labels)

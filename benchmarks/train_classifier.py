@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 from common import Parser, config_of, run_script
 
-import dataset
 from config import UserError
 from evaluation.classifier import EPOCHS, SHIPPED, load_classifier, save_classifier, score, train_classifier
+from support import loading
 
 
 def main(argv: list[str]) -> None:
@@ -28,9 +28,9 @@ def main(argv: list[str]) -> None:
         raise UserError("--generated: name another file with --out, so that the shipped classifier stays what it is")
 
     config = config_of(options)
-    test = dataset.load(config, "test")
+    test = loading.load_split(config, "test")
     if not options.verify:
-        train = dataset.load(replace(config, dataset="generated") if options.generated else config, "train")
+        train = loading.load_split(replace(config, dataset="generated") if options.generated else config, "train")
         classifier = train_classifier(train.images, train.labels, options.seed, options.epochs)
         command = (f"python benchmarks/train_classifier.py --epochs {options.epochs} --seed {options.seed}"
                    f"{' --generated' * options.generated}")

@@ -18,15 +18,13 @@ from typing import Any, NamedTuple, cast
 
 from torch import Tensor
 
-import config as configs
-import dataset
 from config import Config, UserError
 from dataset import CLASSES, describe, to_uint8
 from evaluation import statistics
 from evaluation.evaluate import image_count, require_its_images
 from evaluation.reference import DECIDING, METRICS, Baseline, Measurement, Metric, Reference, make_reference, rows
 from sample import LoadedModel, SampleRequest, load_checkpoint, make_request, provenance, sample_images, warn_if_broken
-from support import checkpoint, plots
+from support import loading, plots, selection, settings
 from support.files import make_folder, write_atomically, write_results
 from support.runtime import Runtime
 
@@ -65,9 +63,9 @@ def main(config: Config, runtime: Runtime) -> None:
         raise UserError("--mode compare: it needs two sides; add --runs A B, such as --runs pretrained mine")
     a, b = sides = [load_side(text, config, runtime) for text in config.runs]
     first = require_same_images(sides)
-    known = dataset.data_name(first.path) if config.dataset == "auto" else None
-    config = dataset.settle(replace(config, dataset=cast(Any, known or config.dataset)), runtime)
-    train, test = dataset.load_both(config, runtime)
+    known = selection.data_name(first.path) if config.dataset == "auto" else None
+    config = selection.settle(replace(config, dataset=cast(Any, known or config.dataset)), runtime)
+    train, test = loading.load_both(config, runtime)
     require_its_images(first, describe(train, config.dataset), explicit=False)
     if len(train.labels.unique()) == 1:
         raise UserError(f"--dataset {config.dataset}: all images are of one class, and the metric that decides needs a "
@@ -93,13 +91,13 @@ def load_side(text: str, config: Config, runtime: Runtime) -> Side:
     """A side such as `mine`, `mine,mine-s1`, `path/to/last.safetensors` or `pretrained --guidance 1.3`."""
     names, dashes, flags = text.partition(" --")
     words = (dashes + flags).split()
-    own = configs.parse([*words, "--mode", "compare"], config)
-    if not {*configs.given(words)} <= {*configs.SAMPLING}:
+    own = settings.parse([*words, "--mode", "compare"], config)
+    if not {*settings.given(words)} <= {*settings.SAMPLING}:
         raise UserError(f"--runs '{text}': only how it is sampled can be a side's own "
-                        f"({', '.join(configs.SAMPLING)}); give other flags for both, outside the quotes")
+                        f"({', '.join(settings.SAMPLING)}); give other flags for both, outside the quotes")
     names = names.strip()
-    whole = os.path.exists(names) or os.path.exists(checkpoint.own(names))  # a name may have a comma
-    models = [load_checkpoint(checkpoint.named(name.strip(), "--runs"), runtime)
+    whole = os.path.exists(names) or os.path.exists(selection.run_path(names))  # a name may have a comma
+    models = [load_checkpoint(selection.resolve(name.strip(), "--runs"), runtime)
               for name in ([names] if whole else names.split(","))]
     counts = [image_count(own.sample.num_images, model, statistics.FEWEST_FOR_ERRORS) for model in models]
     requests = [make_request(model, own.sample, config.seed, count) for model, count in zip(models, counts)]
@@ -125,7 +123,7 @@ def settings_differences(a: Side, b: Side) -> list[str]:
     """In which settings, code and effort the sides differ, a line each."""
     one, other = a.models[0], b.models[0]
     stored = (side.models[0].settings | {"sample": asdict(side.requests[0].options)} for side in (a, b))
-    settings = [f"{name} {before} / {now}" for name, before, now in configs.differences(*stored)]
+    changed = [f"{name} {before} / {now}" for name, before, now in settings.differences(*stored)]
     code = [model.history.get("code", {}) for model in (one, other)]
     files = [name for name in {**code[0], **code[1]} if code[0].get(name) != code[1].get(name)]
     efforts = [(fmean(model.step * model.settings["train"].get("batch_size", 64) for model in side.models),
@@ -135,7 +133,7 @@ def settings_differences(a: Side, b: Side) -> list[str]:
         many = f"{len(side.models)} trainings of " if len(side.models) > 1 else ""
         lines.append(f"{letter}: {side.name} ({many}{images:,.0f} images, {seconds / 60:.1f} minutes). "
                      f"{side.requests[0].note}".rstrip())
-    lines.append(f"Settings in which they differ, a / b: {'; '.join(settings) or 'none'}.")
+    lines.append(f"Settings in which they differ, a / b: {'; '.join(changed) or 'none'}.")
     if files:
         lines.append(f"Code in which they differ: {', '.join(files) if all(code) else 'not recorded for one of them'}.")
     for what, own, its in zip(("see as many images", "train for as long"), *efforts):

@@ -10,14 +10,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-import dataset
 from config import Config, UserError
 from dataset import CLASSES, class_name, describe, to_uint8
 from evaluation.metrics import nearest, share_closer
 from evaluation.reference import FEWEST, FEWEST_OF_CLASS, METRICS, Measured, Reference, make_reference, rows
 from evaluation.statistics import FEWEST_FOR_ERRORS, aligned
 from sample import LoadedModel, SampleRequest, announce, load_checkpoint, make_request, provenance, sample_images
-from support import checkpoint, plots
+from support import loading, plots, selection
 from support.files import make_folder, set_aside, write_atomically, write_results
 from support.runtime import Runtime
 
@@ -28,10 +27,10 @@ REPORT = ("metrics.json", "evaluation.png", "neighbours.png")
 def main(config: Config, runtime: Runtime) -> None:
     """Measures a checkpoint and writes a table, a report and pictures to its results folder."""
     asked = config.dataset
-    config = dataset.settle(config, runtime)
+    config = selection.settle(config, runtime)
     model = load_checkpoint(cast(Path, config.sample.checkpoint), runtime)
     request = make_request(model, config.sample, config.seed, image_count(config.sample.num_images, model))
-    train, test = dataset.load_both(config, runtime)
+    train, test = loading.load_both(config, runtime)
     require_its_images(model, describe(train, config.dataset), explicit=asked != "auto")
     announce(model, request)
     made: list[Reference] = []
@@ -87,7 +86,7 @@ def report(images: Tensor, model: LoadedModel, request: SampleRequest, reference
                "closer_than_test": closer}
     print(table(content, len(baseline.sets)))
     print(explain(measured, reference, closer, model.data.get("name", "")))
-    folder = make_folder(checkpoint.results_folder(model.path, model.digest))
+    folder = make_folder(selection.results_folder(model.path, model.digest))
     if (old := keep_other_report(folder, identity)) is not None:
         print(f"The report of other settings or weights that was there is now in {old}.")
     writers = {

@@ -1,4 +1,4 @@
-"""Checkpoints: saved whole or not at all, loaded without running any code of theirs, and found.
+"""Checkpoints: saved whole or not at all, and loaded without running any code of theirs.
 
 A file is safetensors: tensors by flat name, and all else (config, step, history, format version) as JSON in its
 metadata, with a digest of both. Loading ends in the state that was saved, or in a UserError that names the file.
@@ -20,15 +20,13 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from config import RESERVED, ROOT, Config, UserError
-from support.files import set_aside, write_atomically
+from config import UserError
+from support.files import write_atomically
 
 FORMAT_VERSION = 2
 KEYS = {"config": (dict,), "model": (dict, type(None)), "ema": (dict,), "optimizer": (dict, type(None)), "step": (int,),
         "history": (dict,), "version": (int,), "digest": (str,)}  # what a checkpoint holds, and of which types
-FOLDER = Path("checkpoints")  # of one's own runs
 LAST, PREVIOUS = "last.safetensors", "previous.safetensors"
-PRETRAINED = ROOT / "checkpoints" / "pretrained.safetensors"
 ADVICE = "use another file, or train again"
 
 
@@ -162,65 +160,3 @@ def load_weights(network: nn.Module, weights: Mapping[str, Tensor], path: Path) 
     for name, value in network.state_dict().items():
         if not torch.isfinite(value).all():
             raise UserError(f"{path}: the weight {name} is not finite; {ADVICE}")
-
-
-def own(name: str) -> Path:
-    """The checkpoint of one's own run of that name."""
-    return FOLDER / name / LAST
-
-
-def other_runs() -> str:
-    """A sentence that lists one's own runs."""
-    names = sorted(path.parent.name for path in FOLDER.glob(f"*/{LAST}"))
-    return f" Runs in {FOLDER}/: {', '.join(names) or 'none'}."
-
-
-def find(config: Config) -> Path:
-    """The checkpoint of --checkpoint, --name or --dataset; else of the run mnist or generated; else the shipped one.
-
-    Raises UserError if the one that was asked for is not there.
-    """
-    if config.sample.checkpoint is not None:
-        return named(str(config.sample.checkpoint), "--checkpoint")
-    if config.name is not None or config.dataset != "auto":
-        flag, name = ("--dataset", str(config.dataset)) if config.name is None else ("--name", config.name)
-        if not is_there(own(name).parent):
-            raise UserError(f"{flag} {name}: there is no run of that name ({own(name)}).{other_runs()} Train it first, "
-                            "name another, or use --checkpoint pretrained for the weights that ship")
-        return own(name)
-    return next((own(name) for name in ("mnist", "generated") if is_there(own(name).parent)), PRETRAINED)
-
-
-def named(text: str, flag: str) -> Path:
-    """The checkpoint that a text names: "pretrained", a file, a folder of a run, or a run; raises UserError."""
-    if text.casefold() == RESERVED[0]:
-        return PRETRAINED
-    path = Path(os.path.expanduser(text))
-    for found in (path, path / LAST, own(text)):
-        if os.path.isfile(found):
-            return found
-    raise UserError(f"{flag} {text:.200}: there is no such checkpoint, nor a run of that name.{other_runs()} Name one "
-                    "of these, a file, or pretrained for the weights that ship")
-
-
-def results_folder(path: Path, digest: str) -> Path:
-    """Where results go: results/NAME for a run, results/shipped for the weights that ship, else results/FILE-DIGEST."""
-    if Path(os.path.realpath(path)) == PRETRAINED:
-        return Path("results", "shipped")
-    path = Path(os.path.abspath(path))
-    name = path.parent.name
-    if path == Path(os.path.abspath(own(name))) and name.casefold() not in RESERVED:
-        return Path("results", name)
-    stem = {LAST: name, PREVIOUS: f"{name}-previous"}.get(path.name, path.stem)
-    return Path("results", f"{stem[:100]}-{digest[:8]}")
-
-
-def is_there(folder: Path) -> bool:
-    """Whether a run has a checkpoint, be it only the previous one, to which the error of `load` then points."""
-    return any(os.path.isfile(folder / name) for name in (LAST, PREVIOUS))
-
-
-def keep_old(folder: Path, results: Path) -> None:
-    """Keeps what an earlier run left: its checkpoints in checkpoints/NAME/old1/, its results in results/NAME/old1/."""
-    set_aside([*folder.glob("last.*"), *folder.glob("previous.*")], folder)
-    set_aside([path for path in results.iterdir() if path.is_file()], results)

@@ -51,10 +51,11 @@ class Source(NamedTuple):
     def folder(self, root: Path, name: str) -> Path:
         """Where its files are: torchvision's folder in root/name or in root itself; root/name where there are none."""
         usual = root / name / self.kind / "raw"
-        return next((folder for folder in (usual, root / self.kind / "raw") if is_there(folder, self.digests)), usual)
+        return next((folder for folder in (usual, root / self.kind / "raw")
+                     if is_complete(folder, self.digests)), usual)
 
 
-def is_there(folder: Path, digests: Mapping[str, str]) -> bool:
+def is_complete(folder: Path, digests: Mapping[str, str]) -> bool:
     """Whether all four files are in the folder, whatever they hold."""
     return all(_find(folder, name, digests) for name in NAMES)
 

@@ -3,6 +3,10 @@
 import numpy as np
 import torch
 
+from support import code
+
+code.register(__file__)
+
 # The number of a stream never changes its meaning, since the images of a seed would change. 5 and 6 are retired.
 BATCH_STREAM = 1  # noise, timesteps and label dropout of a training batch, by step
 NOISE_STREAM = 2  # noise of a sampled image, by its index

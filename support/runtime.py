@@ -2,7 +2,6 @@
 
 import contextlib
 import ctypes
-import gc
 import getpass
 import os
 import signal
@@ -15,12 +14,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
 
 from config import Config, Precision, UserError
 from support import console
-
-os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it as it starts; unset, runs may differ
 
 
 @dataclass(frozen=True)
@@ -47,29 +43,10 @@ class Runtime:
         """fp32 or bf16, for the convolutions and linear layers of training steps; auto: bf16 where it is fast."""
         return wanted if wanted != "auto" else "bf16" if fast_bf16(self.device) else "fp32"
 
-    def autocast(self, bf16: bool | None = None) -> torch.autocast:
-        """Convolutions and linear layers in bfloat16 if `bf16`, or, where that is None, if self.bf16."""
-        # Without its cache of cast weights, which a captured graph would go on reading after it was freed.
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16 if bf16 is None else bf16,
-                              cache_enabled=False)
-
-    @contextlib.contextmanager
-    def deterministic(self, wanted: bool) -> Iterator[None]:
-        """If wanted, CUDA's operations give the same bits in every run; a UserError names one that can't."""
-        if not wanted or self.device.type != "cuda":
-            yield
-            return
-        torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # saves kernels
-        try:
-            yield
-        except RuntimeError as error:
-            if "does not have a deterministic implementation" not in str(error):
-                raise
-            raise UserError(f"{str(error).split()[0]} has no form on a GPU that gives the same bits in every run: "
-                            "replace it in the network, or add --no-deterministic") from None
-        finally:
-            torch.use_deterministic_algorithms(False)
+    @property
+    def memory_format(self) -> torch.memory_format:
+        """Of a network's weights. Convolutions with channels_last weights have given wrong results on Apple GPUs."""
+        return torch.contiguous_format if self.device.type == "mps" else torch.channels_last
 
     def on_rank0(self, work: Callable[[], Any]) -> Any:
         """Runs work in the first process; every one returns its result, or raises its UserError."""
@@ -104,35 +81,17 @@ class Runtime:
         return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "Apple GPU"
 
 
-def cast_together(network: nn.Module) -> dict[str, Tensor]:
-    """The weights of convolutions and linear layers in bfloat16, by name, to be used under autocast.
-
-    It would cast each by itself, with the same result but a kernel for each weight and one for each gradient. It still
-    does for layers of other classes, which may do something else with their weights.
-    """
-    names = {weight: f"{name}.{part}" for name, layer in network.named_modules()
-             if type(layer) in (nn.Linear, nn.Conv2d, nn.ConvTranspose2d) for part, weight in layer.named_parameters()}
-    return dict(zip(names.values(), _Cast.apply(torch.bfloat16, *names)))
-
-
-class _Cast(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, dtype: torch.dtype, *tensors: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
-        results = [torch.empty_like(tensor, dtype=dtype) for tensor in tensors]
-        torch._foreach_copy_(results, list(tensors))
-        return tuple(results)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        return None, *_Cast.forward(ctx, torch.float32, *gradients)
-
-
 @contextlib.contextmanager
 def start(config: Config) -> Iterator[Runtime]:
     """Chooses device, precision and memory, and joins torchrun's other processes (gloo on CPUs, NCCL on GPUs)."""
     place = console.place()
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it as it starts; unset, runs may differ
     keep_freed_memory()
+    usable_compiler_cache()
     runtime = make_runtime(config, *place)
+    if runtime.device.type == "cuda":
+        torch.cuda.set_device(runtime.device)
+        torch.set_float32_matmul_precision("high")  # TF32, where float32 is asked for
     if place.world == 1 and os.environ.get("WORLD_SIZE", "1") != "1":
         runtime.say("note: WORLD_SIZE is set, but not all that torchrun sets, so this is a process of its own.")
     if place.world > 1:
@@ -144,7 +103,6 @@ def start(config: Config) -> Iterator[Runtime]:
         yield runtime
     finally:
         if place.world > 1:
-            gc.collect()  # a DistributedDataParallel in a reference cycle must not outlive its process group
             dist.destroy_process_group()
 
 
@@ -152,22 +110,19 @@ def make_runtime(config: Config, rank: int = 0, world: int = 1, local_rank: int 
     """The runtime of this process; joins no others. Raises UserError for a device that is not there."""
     device = choose_device(config.device, local_rank, local_world)
     gpu = device.type == "cuda"
-    if gpu:
-        torch.cuda.set_device(device)  # of which fast_bf16 asks
-        torch.set_float32_matmul_precision("high")  # TF32, where float32 is asked for
     bf16 = config.precision == "bf16" or config.precision == "auto" and gpu and fast_bf16(device)
     # On a CPU compiling takes minutes to gain 11% (benchmarks/README.md), so only on request.
     compiles = config.compile == "on" or config.compile == "auto" and gpu
-    usable_compiler_cache()
     return Runtime(device, bf16, compiles, rank, world)
 
 
 def fast_bf16(device: torch.device) -> bool:
     """Whether the device multiplies bfloat16 faster than float32: a GPU that has it, a CPU with AVX512-BF16 or AMX."""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    asked = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # torch's public names are of 2.14
-    return device.type == "cpu" and any(getattr(torch.cpu, name, bool)() for name in asked)
+        with torch.cuda.device(device):
+            return torch.cuda.is_bf16_supported(including_emulation=False)
+    names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # torch's public names are of 2.14
+    return device.type == "cpu" and any(getattr(torch.cpu, name, bool)() for name in names)
 
 
 def keep_freed_memory() -> None:

@@ -8,36 +8,34 @@ import numpy as np
 import pytest
 import torch
 
-import config as configs
-import dataset
 from config import Config
 from dataset import LabelledImages, describe
 from diffusion import make_schedule
 from model import UNet
-from support import checkpoint, idx
+from support import checkpoint, idx, loading, settings
 from tests.conftest import TINY, write_idx
 
-GENERATED = {split: dataset.load(dataclasses.replace(Config(), dataset="generated"), split)
+GENERATED = {split: loading.load_split(dataclasses.replace(Config(), dataset="generated"), split)
              for split in ("train", "test")}  # 900 and 100 of each class, in turn
 FEW = {split: images[torch.arange(min(3000, len(images)))] for split, images in GENERATED.items()}
 
 
 def load_few(patch: pytest.MonkeyPatch) -> None:
     """A third of the generated digits, for speed."""
-    load = dataset.load
-    patch.setattr(dataset, "load", lambda config, split: FEW[split] if config.dataset == "generated" else
+    load = loading.load_split
+    patch.setattr(loading, "load_split", lambda config, split: FEW[split] if config.dataset == "generated" else
                   load(config, split))
 
 
 def save_network(path: Path, seed: int = 0, flags: tuple[str, ...] = (), **history: Any) -> None:
     """A checkpoint of random weights, which says that it was trained on FEW unless `history` says otherwise."""
-    config = configs.parse(["--dataset", "generated", "--timesteps", "6", *TINY, *flags])
+    config = settings.parse(["--dataset", "generated", "--timesteps", "6", *TINY, *flags])
     torch.manual_seed(seed)
     network = UNet(config.model)
     torch.nn.init.normal_(network.head.weight, std=0.05)
     path.parent.mkdir(parents=True, exist_ok=True)
     checkpoint.save(path, {
-        "config": configs.stored(config), "model": None, "ema": network.state_dict(), "optimizer": None, "step": 100,
+        "config": settings.stored(config), "model": None, "ema": network.state_dict(), "optimizer": None, "step": 100,
         "history": {"data": describe(FEW["train"], "generated"), "seconds": 60.0,
                     "alpha_bar": make_schedule(config.diffusion).alpha_bar, **history}})
 

@@ -25,7 +25,7 @@ import torch
 from support import checkpoint
 from tests.conftest import ROOT
 
-PRELOADED = ["run", "train", "evaluation.compare", "torch._dynamo", "matplotlib.figure",
+PRELOADED = ["run", "training.loop", "evaluation.compare", "torch._dynamo", "matplotlib.figure",
              "matplotlib.backends.backend_agg"]
 
 
@@ -97,7 +97,7 @@ class Program:
 
 def start(folder: Path, *flags: str, changes: dict[str, Any] | None = None, piped: bool = False,
           **environment: str) -> Program:
-    """`changes` are set before it runs, such as {"train.SAVE_SECONDS": 0.0}; piped: it writes into pipes, unread."""
+    """`changes` are set before it runs, as {"training.loop.SAVE_SECONDS": 0.0}; piped: it writes into pipes, unread."""
     return Program(folder, list(flags), changes or {}, environment, piped)
 
 

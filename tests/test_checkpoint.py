@@ -21,11 +21,8 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-import config as configs
-import training_step
 from config import UserError
-from support import checkpoint, files
-from tests.conftest import ROOT
+from support import checkpoint, files, selection, settings
 
 
 class Network(nn.Module):
@@ -443,20 +440,20 @@ def put(name: str, file: str = "last.safetensors") -> Path:
 
 
 def found(*flags: str) -> Path:
-    return checkpoint.find(configs.parse(["--mode", "sample", *flags]))
+    return selection.find(settings.parse(["--mode", "sample", *flags]))
 
 
 def test_find(own_folder: Path) -> None:
-    assert found() == found("--checkpoint", "pretrained") == checkpoint.PRETRAINED
+    assert found() == found("--checkpoint", "pretrained") == selection.PRETRAINED
     other = put("other")
-    assert found() == checkpoint.PRETRAINED  # not just any run
+    assert found() == selection.PRETRAINED  # not just any run
     generated = put("generated")
     assert found() == generated
     mnist = put("mnist")
     assert found() == mnist and found("--dataset", "generated") == generated and found("--name", "other") == other
     for text in ("other", "checkpoints/other", "checkpoints/other/last.safetensors"):  # a run, its folder, a file
-        assert found("--checkpoint", text) == other and checkpoint.named(text, "--runs") == other
-    assert found("--checkpoint", "pretrained") == checkpoint.PRETRAINED
+        assert found("--checkpoint", text) == other and selection.resolve(text, "--runs") == other
+    assert found("--checkpoint", "pretrained") == selection.PRETRAINED
     for flag, value in (("--name", "othr"), ("--dataset", "kmnist"), ("--checkpoint", "othr")):
         with pytest.raises(UserError, match=f"^{flag} {value}: .*Runs in checkpoints/: generated, mnist, other."):
             found(flag, value)
@@ -466,7 +463,7 @@ def test_a_run_that_lost_its_last_file_is_not_passed_over(own_folder: Path) -> N
     previous = put("mnist", "previous.safetensors")
     checkpoint.save(previous, make_state())
     for flags in ((), ("--name", "mnist"), ("--dataset", "mnist")):
-        assert (last := found(*flags)) == checkpoint.own("mnist")
+        assert (last := found(*flags)) == selection.run_path("mnist")
         message = refused(last)
         assert "no such file" in message and f"--checkpoint {previous}, or rename it to last.safetensors" in message
 
@@ -482,11 +479,11 @@ def test_a_home_folder_is_a_place_for_checkpoints(own_folder: Path, monkeypatch:
     ("there/mine/last.safetensors", "mine-01234567"), ("there/../checkpoints/mine/last.safetensors", "mine"),
     ("checkpoints/pretrained/last.safetensors", "pretrained-01234567"),
     ("checkpoints/Pretrained/last.safetensors", "Pretrained-01234567"),
-    (checkpoint.PRETRAINED, "shipped"), (os.path.relpath(checkpoint.PRETRAINED), "shipped"),
+    (selection.PRETRAINED, "shipped"), (os.path.relpath(selection.PRETRAINED), "shipped"),
     (os.fsdecode(b"a\xff.safetensors"), os.fsdecode(b"a\xff-01234567")),
     ("x" * 240 + ".safetensors", "x" * 100 + "-01234567")])
 def test_each_checkpoint_has_a_results_folder_of_its_own(path: str, folder: str) -> None:
-    assert checkpoint.results_folder(Path(path), "0123456789abcdef") == Path("results", folder)
+    assert selection.results_folder(Path(path), "0123456789abcdef") == Path("results", folder)
 
 
 def test_names_that_are_no_text_can_be_written_to(tmp_path: Path) -> None:
@@ -543,37 +540,3 @@ def test_a_file_in_the_place_of_a_folder(tmp_path: Path) -> None:
 
 
 # The code that decides training
-
-
-DECIDES = {"training_step.py", "dataset.py", "diffusion.py", "model.py", "optimizer.py", "support/randomness.py",
-           "support/runtime.py", "support/cuda_graphs.py"}
-
-
-def test_code_digests_cover_what_a_step_runs_and_nothing_that_draws() -> None:
-    names = set(training_step.code_digests())
-    assert names >= DECIDES
-    assert not names & {"config.py", "support/plots.py", "training_log.py", "train.py", "sample.py", "samplers.py"}
-    code = ("import sys, training_step\n"
-            "print(*(m.__file__ for m in list(sys.modules.values()) if getattr(m, '__file__', None)), sep='\\n')")
-    loaded = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    paths = [Path(line) for line in loaded.splitlines()]
-    own = {path.relative_to(ROOT).as_posix() for path in paths if path.is_relative_to(ROOT)}
-    assert own - {"config.py", "support/__init__.py"} == names
-    assert not [path for path in paths if "matplotlib" in path.parts]
-
-
-def test_code_digests_see_an_edit_of_any_of_these_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = training_step.code_digests()
-    for name in (*before, "config.py", "train.py", "training_log.py"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_bytes((ROOT / name).read_bytes())
-    monkeypatch.setattr(training_step, "ROOT", tmp_path)
-    assert training_step.code_digests() == before
-    for name in (*before, "config.py", "train.py", "training_log.py"):
-        content = (tmp_path / name).read_bytes()
-        (tmp_path / name).write_bytes(content + b"# edited\n")
-        now = training_step.code_digests()
-        assert now.keys() == before.keys()
-        assert [key for key in now if now[key] != before[key]] == ([name] if name in before else [])
-        (tmp_path / name).write_bytes(content.replace(b"\n", b"\r\n"))  # as Windows checks it out
-    assert training_step.code_digests() == before

@@ -15,11 +15,10 @@ import pytest
 import torch
 
 import config as configs
-import dataset
 from config import Config, SampleConfig, TrainConfig, UserError
 from run import main
 from sample import load_checkpoint, make_request, sample_images
-from support import checkpoint, idx
+from support import checkpoint, idx, loading, selection, settings
 from support.runtime import Runtime
 from tests.conftest import ROOT
 
@@ -159,15 +158,15 @@ def test_help_lists_every_field_with_its_default() -> None:
                 assert f"--{field.name.replace('_', '-')}" in process.stdout
     for unclear in ("None", "(default: )", "{STR"):
         assert unclear not in process.stdout
-    assert len(re.findall("For modes? (train|sample)", process.stdout)) == len(configs.GROUPS)
+    assert len(re.findall("For modes? (train|sample)", process.stdout)) == len(settings.GROUPS)
     examples = re.findall("^  python run.py (.*?)  ", process.stdout.split("examples:")[1], re.MULTILINE)
     assert len(examples) == 2
     for example in examples:
-        configs.parse(example.split())
+        settings.parse(example.split())
 
 
 def test_flags_override_defaults_and_keep_the_rest() -> None:
-    config = configs.parse(["--num-images", "64", "--seed", "3", "--channels", "8", "16", "24", "--attention"])
+    config = settings.parse(["--num-images", "64", "--seed", "3", "--channels", "8", "16", "24", "--attention"])
     assert (config.mode, config.sample.num_images, config.seed) == ("train", 64, 3)
     assert config.model.channels == (8, 16, 24) and config.model.attention == ()
     assert config.train == Config().train
@@ -195,9 +194,9 @@ def test_a_flag_that_the_mode_does_not_use_is_refused(mode: str) -> None:
         if flag in REFUSED[mode]:
             knob = flag.replace("--no-", "--")
             with pytest.raises(UserError, match=f"^{knob}: --mode {mode} does not use it, since .*; leave it out$"):
-                configs.parse(arguments)
+                settings.parse(arguments)
         else:
-            assert configs.parse(arguments) == configs.validate(configs.parse(arguments))
+            assert settings.parse(arguments) == settings.validate(settings.parse(arguments))
 
 
 def test_the_reason_names_the_checkpoint_or_the_mode() -> None:
@@ -206,17 +205,17 @@ def test_the_reason_names_the_checkpoint_or_the_mode() -> None:
                           (["--fresh"], "it is for --mode train"), (["--minutes=3"], "it is for --mode train"),
                           (["--runs", "a", "b"], "it is for --mode compare")):
         with pytest.raises(UserError, match=f"since {reason}"):
-            configs.parse(["--mode", "sample", *flags])
+            settings.parse(["--mode", "sample", *flags])
 
 
 def test_edited_defaults_are_not_flags() -> None:
     edited = dataclasses.replace(
         Config(), mode="sample", diffusion=dataclasses.replace(Config().diffusion, schedule="linear"),
         train=dataclasses.replace(Config().train, fresh=True))
-    assert configs.parse(["--steps", "3"], edited).sample.steps == 3
+    assert settings.parse(["--steps", "3"], edited).sample.steps == 3
     with pytest.raises(UserError, match="--schedule: --mode sample"):  # given, though it is the default
-        configs.parse(["--schedule", "linear"], edited)
-    assert configs.given(["--runs", "a", "b --steps 3", "--no-fresh", "--num_images=3"]) == [
+        settings.parse(["--schedule", "linear"], edited)
+    assert settings.given(["--runs", "a", "b --steps 3", "--no-fresh", "--num_images=3"]) == [
         "runs", "fresh", "num_images"]
 
 
@@ -240,38 +239,39 @@ def test_an_edited_default_is_checked_too(group: str | None, field: str, value: 
     edited = dataclasses.replace(config, **(
         {field: value} if group is None else {group: dataclasses.replace(getattr(config, group), **{field: value})}))
     with pytest.raises(UserError, match=f"^--{field} "):
-        configs.validate(edited)
+        settings.validate(edited)
 
 
 def test_defaults_that_are_edited_well_are_taken() -> None:
     edited = dataclasses.replace(Config(), data_dir=Path("a b/é"), train=dataclasses.replace(
         Config().train, grad_clip=float("inf"), minutes=3, lr=1))
-    assert configs.validate(edited) == edited
+    assert settings.validate(edited) == edited
 
 
 # What a checkpoint keeps of its config
 
 
 def test_what_a_checkpoint_keeps_survives() -> None:
-    config = configs.parse(["--minutes", "3", "--attention", "14", "7", "--grad-clip", "inf", "--dataset", "idx",
+    config = settings.parse(["--minutes", "3", "--attention", "14", "7", "--grad-clip", "inf", "--dataset", "idx",
                             "--steps", "7"])
-    again, assumed = configs.training_settings(json.loads(json.dumps(configs.stored(config))))
+    again, assumed = settings.training_settings(json.loads(json.dumps(settings.stored(config))))
     assert not assumed and again.sample == Config().sample  # how images were sampled is not kept
     assert dataclasses.replace(again, sample=config.sample) == config
 
 
 def test_knobs_that_are_newer_than_a_checkpoint_have_their_legacy_values() -> None:
-    stored = configs.stored(configs.parse(["--embedding", "64", "--lr", "0.1"]))
+    stored = settings.stored(settings.parse(["--embedding", "64", "--lr", "0.1"]))
     for group, name in (("model", "dropout"), ("train", "ema"), ("train", "focus"), ("train", "clip_loss")):
         del stored[group][name]
     del stored["seed"], stored["diffusion"], stored["train"]["same_code"]  # which no run depends on
-    config, assumed = configs.training_settings(stored)
+    config, assumed = settings.training_settings(stored)
     assert sorted(assumed) == ["clip-loss False", "dropout 0.0", "ema 0.999", "focus 0.0", "prediction v",
                                "schedule cosine", "seed 0", "timesteps 1000", "weighting none"]
     assert config.model == dataclasses.replace(Config().model, embedding=64) and config.train.lr == 0.1
     assert (config.train.focus, config.train.clip_loss) == (0.0, False)
-    now = configs.stored(configs.parse(["--embedding", "64", "--lr", "0.1"]))  # so today's defaults don't continue it
-    assert configs.differences(configs.stored(config), now) == [("clip-loss", "False", "True"), ("focus", "0.0", "0.7")]
+    now = settings.stored(settings.parse(["--embedding", "64", "--lr", "0.1"]))  # so today's defaults don't continue it
+    changed = settings.differences(settings.stored(config), now)
+    assert changed == [("clip-loss", "False", "True"), ("focus", "0.0", "0.7")]
 
 
 # Stored by every checkpoint of this format, from the first one on.
@@ -283,12 +283,12 @@ FIRST_KNOBS = {"dataset", "seed", "precision", "channels", "blocks", "attention"
 
 def test_every_later_knob_says_what_the_code_did_before() -> None:
     """Of the network and of training; a knob that the shipped weights lack is a later one, too."""
-    shipped = configs.flat(checkpoint.load(checkpoint.PRETRAINED)["config"])
-    now = configs.flat(configs.stored(Config()))
-    later = now.keys() - (FIRST_KNOBS & shipped.keys()) - set(configs.FREE)
+    shipped = settings.flat(checkpoint.load(selection.PRETRAINED)["config"])
+    now = settings.flat(settings.stored(Config()))
+    later = now.keys() - (FIRST_KNOBS & shipped.keys()) - set(settings.CHANGEABLE_ON_RESUME)
     assert {"focus", "clip_loss"} <= later
     for name in later:
-        assert name in configs.LEGACY[configs.KNOBS[name]], name
+        assert name in settings.LEGACY[settings.KNOBS[name]], name
 
 
 @pytest.mark.parametrize("change", [
@@ -298,8 +298,8 @@ def test_every_later_knob_says_what_the_code_did_before() -> None:
     ids=["train +", "train -", "no train", "diffusion", "top", "model", "type"])
 def test_sampling_needs_only_the_network_and_the_prediction(change, own_folder: Path) -> None:
     """A knob that this version lacks, or that the checkpoint lacks, leaves the images as they are."""
-    state = checkpoint.load(checkpoint.PRETRAINED)
-    whole = load_checkpoint(checkpoint.PRETRAINED, CPU)
+    state = checkpoint.load(selection.PRETRAINED)
+    whole = load_checkpoint(selection.PRETRAINED, CPU)
     change(state["config"])
     checkpoint.save(Path("changed.safetensors"), state)
     changed = load_checkpoint(Path("changed.safetensors"), CPU)
@@ -312,20 +312,20 @@ def test_sampling_needs_only_the_network_and_the_prediction(change, own_folder: 
 def test_sampling_after_a_knob_was_deleted_from_the_code(own_folder: Path, monkeypatch) -> None:
     """As if `lr_schedule` were no longer in config.py: the shipped weights give the same images."""
     wanted = SampleConfig(steps=1, digits="7")
-    before = sample_images(model := load_checkpoint(checkpoint.PRETRAINED, CPU), make_request(model, wanted, 0, 1))[0]
+    before = sample_images(model := load_checkpoint(selection.PRETRAINED, CPU), make_request(model, wanted, 0, 1))[0]
     fields = [(field.name, field.type, field) for field in dataclasses.fields(configs.TrainConfig)
               if field.name != "lr_schedule"]
     smaller = dataclasses.make_dataclass("TrainConfig", fields, frozen=True)
-    monkeypatch.setitem(configs.GROUPS, "train", smaller)
+    monkeypatch.setitem(settings.GROUPS, "train", smaller)
     kinds = dataclasses.make_dataclass("Config", [
         (f.name, smaller, dataclasses.field(default_factory=smaller)) if f.name == "train" else (f.name, f.type, f)
         for f in dataclasses.fields(Config)], frozen=True)
-    monkeypatch.setattr(configs, "ADAPTER", pydantic.TypeAdapter(kinds))
-    model = load_checkpoint(checkpoint.PRETRAINED, CPU)
+    monkeypatch.setattr(settings, "ADAPTER", pydantic.TypeAdapter(kinds))
+    model = load_checkpoint(selection.PRETRAINED, CPU)
     assert sample_images(model, make_request(model, wanted, 0, 1))[0].equal(before)
-    monkeypatch.setattr(configs, "Config", kinds)
+    monkeypatch.setattr(settings, "Config", kinds)
     with pytest.raises(UserError, match="'lr_schedule'.*use the version that wrote it, or train again"):
-        configs.training_settings(model.settings)
+        settings.training_settings(model.settings)
 
 
 DAMAGES = [
@@ -339,26 +339,26 @@ DAMAGES = [
 
 @pytest.mark.parametrize("damage, said", DAMAGES)
 def test_a_damaged_stored_config_is_named(damage, said: str) -> None:
-    stored = configs.stored(Config())
+    stored = settings.stored(Config())
     damage(stored)
     with pytest.raises(UserError, match=said) as caught:
-        configs.training_settings(stored)
+        settings.training_settings(stored)
     assert str(caught.value).isprintable() and len(str(caught.value)) < 600
 
 
 @pytest.mark.parametrize("damage, said", [damage for damage in DAMAGES if damage[1] in (
     "refiner", "--channels all", "not as this project", "--channels .*not UTF-8")])
 def test_a_damaged_config_of_the_network_is_named_when_sampling(damage, said: str) -> None:
-    stored = configs.stored(Config())
+    stored = settings.stored(Config())
     damage(stored)
     with pytest.raises(UserError, match=said) as caught:
-        configs.network_settings(stored)
+        settings.network_settings(stored)
     assert str(caught.value).isprintable()
 
 
 def test_differences_are_those_that_matter() -> None:
     def differences(flags: list[str]) -> list[tuple[str, str, str]]:
-        return configs.differences(configs.stored(Config()), configs.stored(configs.parse(flags)))
+        return settings.differences(settings.stored(Config()), settings.stored(settings.parse(flags)))
 
     assert differences(["--minutes", "3", "--fresh", "--name", "x", "--steps", "3"]) == []
     assert differences(["--lr", "0.1", "--blocks", "1", "1", "2"]) == [
@@ -405,7 +405,7 @@ def test_the_shipped_weights_are_sampled_where_there_is_no_run(own_folder: Path,
     assert main(quick) == 0
     output = capsys.readouterr().out
     assert "There is no run of your own yet" in output and "results/shipped/sample.png" in output
-    assert str(checkpoint.PRETRAINED) in output and os.listdir("results") == ["shipped"]
+    assert str(selection.PRETRAINED) in output and os.listdir("results") == ["shipped"]
 
 
 @pytest.mark.parametrize("mode", ["sample", "evaluate"])
@@ -413,7 +413,7 @@ def test_the_shipped_weights_are_sampled_where_there_is_no_run(own_folder: Path,
 def test_a_mistyped_run_is_an_error_that_lists_the_runs(mode: str, flags: list[str], own_folder: Path, capsys) -> None:
     for name in ("base-0", "other"):
         Path("checkpoints", name).mkdir(parents=True)
-        shutil.copy(checkpoint.PRETRAINED, checkpoint.own(name))
+        shutil.copy(selection.PRETRAINED, selection.run_path(name))
     assert main(["--mode", mode, *flags, "--device", "cpu"]) == 2
     line = one_line(capsys.readouterr().err)
     assert f"{' '.join(flags)}: there is no" in line and "Runs in checkpoints/: base-0, other." in line
@@ -422,29 +422,29 @@ def test_a_mistyped_run_is_an_error_that_lists_the_runs(mode: str, flags: list[s
 
 def test_pretrained_always_means_the_shipped_weights(own_folder: Path) -> None:
     Path("checkpoints/mnist").mkdir(parents=True)
-    for decoy in (checkpoint.own("mnist"), Path("pretrained")):
-        shutil.copy(checkpoint.PRETRAINED, decoy)
+    for decoy in (selection.run_path("mnist"), Path("pretrained")):
+        shutil.copy(selection.PRETRAINED, decoy)
     for text in ("pretrained", "Pretrained"):
-        settled = dataset.settle(configs.parse(["--mode", "sample", "--checkpoint", text]), CPU)
-        assert settled.sample.checkpoint == checkpoint.PRETRAINED
-    assert checkpoint.named("pretrained", "--runs") == checkpoint.PRETRAINED
+        settled = selection.settle(settings.parse(["--mode", "sample", "--checkpoint", text]), CPU)
+        assert settled.sample.checkpoint == selection.PRETRAINED
+    assert selection.resolve("pretrained", "--runs") == selection.PRETRAINED
 
 
 def test_mnist_is_looked_for_here_and_then_beside_the_code(own_folder: Path, monkeypatch) -> None:
     code = own_folder / "code"
-    monkeypatch.setattr(dataset, "ROOT", code)
+    monkeypatch.setattr(loading, "ROOT", code)
 
     def put(root: Path) -> None:
         (root / "mnist/MNIST/raw").mkdir(parents=True)
         for name in idx.NAMES:
             (root / "mnist/MNIST/raw" / name).touch()
 
-    assert dataset.data_folder(Config(), "mnist") == Path("dataset")  # where it would be downloaded to
+    assert loading.data_folder(Config(), "mnist") == Path("dataset")  # where it would be downloaded to
     put(code / "dataset")
-    assert dataset.data_folder(Config(), "mnist") == code / "dataset"
+    assert loading.data_folder(Config(), "mnist") == code / "dataset"
     put(Path("dataset"))
-    assert dataset.data_folder(Config(), "mnist") == Path("dataset")
-    assert dataset.data_folder(Config(data_dir=Path("else")), "mnist") == Path("else")
+    assert loading.data_folder(Config(), "mnist") == Path("dataset")
+    assert loading.data_folder(Config(data_dir=Path("else")), "mnist") == Path("else")
 
 
 @pytest.mark.parametrize("flags", [
@@ -453,16 +453,16 @@ def test_mnist_is_looked_for_here_and_then_beside_the_code(own_folder: Path, mon
     ["--digits", "none", "--guidance-interval", "0", "1"], ["--minutes", "5", "--epochs", "3"]])
 def test_a_flag_that_another_one_makes_useless_is_refused(flags: list[str]) -> None:
     with pytest.raises(UserError, match="leave"):
-        configs.parse(["--mode", "train" if "--epochs" in flags else "sample", *flags])
+        settings.parse(["--mode", "train" if "--epochs" in flags else "sample", *flags])
 
 
 def test_an_edited_default_yields_to_a_flag() -> None:
     edited = Config(mode="sample", sample=SampleConfig(
         checkpoint=Path("pretrained"), write="12", sampler="ddim", eta=0.5))
-    assert configs.parse(["--name", "mine"], edited).sample.checkpoint is None
-    assert configs.parse(["--digits", "7"], edited).sample.write is None
-    assert configs.parse(["--sampler", "sa"], edited).sample.eta == 0
+    assert settings.parse(["--name", "mine"], edited).sample.checkpoint is None
+    assert settings.parse(["--digits", "7"], edited).sample.write is None
+    assert settings.parse(["--sampler", "sa"], edited).sample.eta == 0
     timed = Config(train=TrainConfig(minutes=5))
-    assert configs.parse(["--epochs", "3"], timed).train == TrainConfig(epochs=3)
-    assert configs.parse([], timed).train.minutes == 5
-    assert configs.parse(["--steps", "3"], edited).sample == dataclasses.replace(edited.sample, steps=3)
+    assert settings.parse(["--epochs", "3"], timed).train == TrainConfig(epochs=3)
+    assert settings.parse([], timed).train.minutes == 5
+    assert settings.parse(["--steps", "3"], edited).sample == dataclasses.replace(edited.sample, steps=3)

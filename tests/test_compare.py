@@ -12,7 +12,6 @@ import pytest
 import torch
 from PIL import Image
 
-import config as configs
 from evaluation import compare
 from evaluation.compare import (
     Difference,
@@ -26,6 +25,7 @@ from evaluation.compare import (
 from evaluation.reference import METRICS, OVERLAP, Baseline, Measurement
 from evaluation.statistics import between_trainings, jackknife_error, student_quantile
 from run import main
+from support import settings
 from support.runtime import Runtime
 from tests.measuring import load_few, save_network
 
@@ -102,7 +102,7 @@ def test_comparing_takes_two_sides_enough_images_and_labels(two: list[str], caps
 
 
 def test_a_side_has_its_own_way_of_sampling_or_several_runs(two: list[str]) -> None:
-    config = configs.parse(two)
+    config = settings.parse(two)
     plain, own = (load_side(text, config, CPU) for text in (
         "one", "one --guidance 1.4 --sampler ddim --eta 0.5 --guidance-interval 0.2 0.9"))
     assert plain.requests[0].options == config.sample and own.requests[0].options.guidance == 1.4
@@ -122,14 +122,14 @@ def test_a_side_has_its_own_way_of_sampling_or_several_runs(two: list[str]) -> N
 def test_a_side_is_named_as_its_file_is(name: str, flags: str, two: list[str]) -> None:
     """A backslash is no escape, as on Windows; spaces, commas and quotes are part of a name that is there."""
     save_network(Path(name), 3)
-    side = load_side(name + flags, configs.parse(two), CPU)
+    side = load_side(name + flags, settings.parse(two), CPU)
     assert [model.path for model in side.models] == [Path(name)]
     assert side.requests[0].options.steps == (3 if flags else 2)
 
 
 def test_the_folder_follows_from_the_two_sides(two: list[str]) -> None:
     """Another pair, order, seed, number of images or way to sample has another; the same has the same."""
-    config = configs.parse(two)
+    config = settings.parse(two)
 
     def sides(a: str, b: str, seed: int = 0) -> list[Side]:
         return [load_side(text, dataclasses.replace(config, seed=seed), CPU) for text in (a, b)]
@@ -214,7 +214,7 @@ def test_several_trainings_a_side_are_compared_by_the_spread_between_them() -> N
 
 
 def says(two: list[str], a: str, b: str, values: tuple[list[float], list[float]]) -> str:
-    config = configs.parse(two)
+    config = settings.parse(two)
     sides = [load_side(text, config, CPU) for text in (a, b)]
     measured = [[scattered(i, 1e-4, class_frechet=value) for i, value in enumerate(side)] for side in values]
     return conclusion(sides, differences(*measured, BASELINE))
@@ -246,7 +246,7 @@ def test_the_picture_shows_the_pairs_that_differ_most(two: list[str], monkeypatc
     seen: dict[str, Any] = {}
     monkeypatch.setattr("support.plots.save_comparison", lambda path, pairs, names, intervals, metadata: seen.update(
         pairs=pairs, names=names, intervals=intervals))
-    config = configs.parse(two)
+    config = settings.parse(two)
     sides = [load_side(text, config, CPU) for text in ("one", "two")]
     images = torch.zeros(2, 50, 1, 28, 28, dtype=torch.uint8)
     images[1, 20:] = torch.arange(30, dtype=torch.uint8)[:, None, None, None]

@@ -17,7 +17,7 @@ import dataset
 from config import Config, UserError
 from dataset import LabelledImages, random_batch
 from run import main
-from support import idx
+from support import idx, loading, selection
 from support.runtime import Runtime
 
 IMAGES, LABELS = idx.FILES["train"]
@@ -25,11 +25,11 @@ CPU = Runtime(torch.device("cpu"), bf16=False, compile=False)
 
 
 def load_idx(folder: Path, split: str) -> LabelledImages:
-    return dataset.load(Config(dataset="idx", data_dir=folder), split)
+    return loading.load_split(Config(dataset="idx", data_dir=folder), split)
 
 
 def load_mnist(folder: Path, split: str) -> LabelledImages:
-    return dataset.load(Config(dataset="mnist", data_dir=folder), split)
+    return loading.load_split(Config(dataset="mnist", data_dir=folder), split)
 
 
 def idx_files(train: int = 12, test: int = 7) -> dict[str, bytes]:
@@ -317,8 +317,8 @@ def test_both_layouts_are_found_in_a_folder_under_the_home_folder(layout: str, m
     raw.mkdir(parents=True)
     for name, data in idx_files().items():
         (raw / name).write_bytes(data)
-    config = dataset.settle(Config(data_dir=Path("~/data")), CPU)
-    assert config.dataset == "mnist" and len(dataset.load(config, "test")) == 7
+    config = selection.settle(Config(data_dir=Path("~/data")), CPU)
+    assert config.dataset == "mnist" and len(loading.load_split(config, "test")) == 7
     assert [path.name for path in unreachable.iterdir()] == ["home"]  # none called "~"
 
 
@@ -346,15 +346,15 @@ def test_others_are_fetched_kept_and_read_as_gz(name: str, tmp_path: Path, monke
         monkeypatch.setattr(kind, "mirrors", [address])
         monkeypatch.setitem(dataset.SOURCES, name, source._replace(digests=digests))
         config = Config(dataset=name, data_dir=tmp_path)
-        assert len(dataset.load(config, "train")) == 12
+        assert len(loading.load_split(config, "train")) == 12
     raw = tmp_path / Path(name, source.kind, "raw")
     assert {path.name for path in raw.iterdir()} == set(digests) and list(raw.parent.iterdir()) == [raw]
-    assert len(dataset.load(config, "test")) == 7  # from there: the server is gone
+    assert len(loading.load_split(config, "test")) == 7  # from there: the server is gone
     (raw / IMAGES).write_bytes(idx_files(13)[IMAGES])  # an unpacked file is not the one that is known
-    assert len(dataset.load(config, "train")) == 12
+    assert len(loading.load_split(config, "train")) == 12
     (raw / f"{LABELS}.gz").write_bytes(gzip.compress(idx_files()[LABELS][:-1] + b"\0"))
     with pytest.raises(UserError, match=f"{LABELS}.gz: wrong content"):
-        dataset.load(config, "train")
+        loading.load_split(config, "train")
     (raw / f"{LABELS}.gz").unlink()
     with pytest.raises(UserError, match=f"{source.kind} is not in .*can't be .*refused.*put {idx.NAMES[0]}.gz"):
-        dataset.load(config, "train")
+        loading.load_split(config, "train")

@@ -2,8 +2,8 @@
 
 import contextlib
 import copy
-import os
 import re
+import warnings
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -13,15 +13,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import config as configs
 import dataset
 import sample
-import train
-import training_log
-import training_step
+import training.log
+import training.loop
+import training.step
 from benchmarks.common import Operations
 from config import Config, ModelConfig, UserError
 from dataset import LabelledImages
@@ -29,23 +28,24 @@ from diffusion import diffusion_loss, make_schedule
 from evaluation import evaluate, reference
 from evaluation.classifier import load_classifier
 from model import UNet
-from optimizer import Muon, update_average
-from support import checkpoint, plots
+from support import checkpoint, loading, plots, settings
 from support.cuda_graphs import compiled
-from support.runtime import Runtime, cast_together, make_runtime
+from support.precision import deterministic
+from support.runtime import Runtime, make_runtime
 from tests.conftest import TINY, write_set
 from tests.fake_mps import MPS, FakeMps, pretended_mps
 from tests.processes import nothing
-from training_log import current_model
-from training_state import BAD_STEPS, TrainingState, new_state, read_losses
+from training.log import current_model
+from training.optimizer import Muon, update_average
+from training.state import BAD_STEPS, TrainingState, new_state, read_losses
 
 CPU = Runtime(torch.device("cpu"), bf16=False, compile=False)
 FINITE, NOT_FINITE = torch.tensor(True), torch.tensor(False)
 
 
 def tiny_state(*flags: str, runtime: Runtime = CPU) -> TrainingState:
-    config = configs.parse(["--dataset", "generated", "--batch-size", "8", "--precision", "fp32", *TINY, *flags])
-    images = (dataset.load(config, split).to(runtime.device) for split in ("train", "test"))
+    config = settings.parse(["--dataset", "generated", "--batch-size", "8", "--precision", "fp32", *TINY, *flags])
+    images = (loading.load_split(config, split).to(runtime.device) for split in ("train", "test"))
     return new_state(config, runtime, *images)
 
 
@@ -68,7 +68,7 @@ def sample_two(state: TrainingState) -> None:
 
 def test_a_step_learns_at_the_levels_in_focus(monkeypatch: pytest.MonkeyPatch) -> None:
     learner, seen = tiny_state("--focus", "0.999").learner, []
-    monkeypatch.setattr(training_step, "diffusion_loss",
+    monkeypatch.setattr(training.step, "diffusion_loss",
                         lambda *inputs: seen.append(inputs[4]) or diffusion_loss(*inputs))
     learner.step(0, lr=1e-3)
     low, high = learner.schedule.focus
@@ -133,10 +133,9 @@ def parameters(shapes: list[tuple[int, ...]],
     return [nn.Parameter(torch.randn(shape, generator=random).to(memory_format=layout)) for shape in shapes]
 
 
-@pytest.mark.parametrize("together", [False, True])
 @pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
-def test_muon_is_torchs_on_matrices_of_many_shapes(layout: torch.memory_format, together: bool) -> None:
-    """Wide, tall and square, each shape by itself or all as matrices of one size, as on a GPU."""
+def test_muon_is_torchs_on_matrices_of_many_shapes(layout: torch.memory_format) -> None:
+    """Wide, tall and square; those of one shape are updated together."""
     shapes = [(8, 16, 3, 3), (24, 8, 1, 1), (8, 16, 3, 3), (16, 4, 2, 2), (8, 16, 3, 3), (40, 8, 2, 2)]
     ours = parameters(shapes, layout)
     theirs = [nn.Parameter(p.detach().permute(0, 2, 3, 1).flatten(1).clone()) for p in ours]
@@ -148,36 +147,10 @@ def test_muon_is_torchs_on_matrices_of_many_shapes(layout: torch.memory_format, 
             own.grad = torch.randn(own.shape, generator=random).to(memory_format=layout)
             other.grad = own.grad.permute(0, 2, 3, 1).flatten(1)
         muon.found_inf = torch.tensor(0.0)
-        if together:
-            with torch.no_grad():
-                muon.move(ours, muon.param_groups[0])
-        else:
-            muon.step()
+        muon.step()
         expected.step()
         for own, other in zip(ours, theirs):
             torch.testing.assert_close(own.permute(0, 2, 3, 1).flatten(1), other, rtol=0, atol=1e-3)
-
-
-def test_weights_cast_at_once_are_those_that_autocast_casts_one_by_one() -> None:
-    """The prediction and every gradient, bit for bit, in far fewer operations; the norms' weights stay as they are."""
-    network = UNet(ModelConfig(attention=(7,)))
-    for weight in network.parameters():  # some begin at zero
-        nn.init.normal_(weight, std=0.1, generator=torch.Generator().manual_seed(weight.numel()))
-    inputs = torch.randn(4, 1, 28, 28), torch.tensor([1, 9, 500, 1000]), torch.tensor([0, 3, 9, 10])
-    found, counts = [], []
-    for together in (False, True):
-        with Operations() as operations, CPU.autocast(True):
-            weights = cast_together(network) if together else {}
-            prediction = functional_call(network, weights, inputs)
-            gradients = torch.autograd.grad(prediction.float().square().sum(), list(network.parameters()))
-        found.append([prediction, *gradients])
-        counts.append(operations.count)
-    assert all(torch.equal(*pair) and pair[0].dtype == pair[1].dtype for pair in zip(*found))
-    layers = {name for name, layer in network.named_modules() if type(layer).__name__ in (
-        "Linear", "Conv2d", "ConvTranspose2d")}
-    assert weights.keys() == {f"{name}.{part}" for name in layers for part in ("weight", "bias")}
-    assert {weight.dtype for weight in weights.values()} == {torch.bfloat16}
-    assert counts[1] < counts[0] - len(weights)
 
 
 @pytest.mark.parametrize("flags", [(), ("--attention", "7", "--dropout", "0.1", "--optimizer", "adamw"),
@@ -198,70 +171,36 @@ def test_no_operation_of_a_step_adds_numbers_in_any_order_on_a_gpu(flags: tuple[
                                                    "upsample|pad.*backward|nll|grid|repeat_interleave", name)]
 
 
-def test_an_operation_whose_bits_may_differ_is_named() -> None:
-    """As torch does on a GPU; of the operations that it refuses there, put_ is one that it refuses on a CPU too."""
-    gpu = Runtime(torch.device("cuda", 0), bf16=False, compile=False)
-    for runtime, wanted in ((CPU, True), (gpu, False)):
-        with runtime.deterministic(wanted):
-            assert not torch.are_deterministic_algorithms_enabled()
-    with pytest.raises(UserError, match="^put_ has no form .* --no-deterministic$"), gpu.deterministic(True):
-        assert torch.are_deterministic_algorithms_enabled()
-        assert not torch.utils.deterministic.fill_uninitialized_memory and os.environ["CUBLAS_WORKSPACE_CONFIG"]
-        torch.zeros(3).put_(torch.tensor([0]), torch.ones(1))
-    with pytest.raises(RuntimeError, match="another"), gpu.deterministic(True):
-        raise RuntimeError("another deterministic one")
-    assert not torch.are_deterministic_algorithms_enabled()
-
-
 @pytest.mark.parametrize("flag, wanted", [((), True), (("--no-deterministic",), False)])
 def test_a_step_is_deterministic_unless_told_otherwise(flag: tuple[str, ...], wanted: bool,
                                                        monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
-    monkeypatch.setattr(Runtime, "deterministic", lambda _, wanted: asked.append(wanted) or contextlib.nullcontext())
+    monkeypatch.setattr(training.step, "deterministic",
+                        lambda device, wanted, say: asked.append(wanted) or contextlib.nullcontext())
     tiny_state(*flag).learner.step(0, lr=1e-3)
     assert asked == [wanted]
 
 
-class Scaled(nn.Linear):
-    """Changes its own weight as it is used."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        with torch.no_grad():
-            self.weight.mul_(0.5)
-        return super().forward(x)
-
-
-def test_layers_that_do_more_with_their_weights_are_left_to_autocast() -> None:
-    network = nn.Sequential(nn.Linear(4, 4), Scaled(4, 4), nn.Linear(4, 4), nn.utils.parametrizations.weight_norm(
-        nn.Linear(4, 4)))
-    network[2].weight = network[0].weight  # shared
-    before = network[1].weight.clone()
-    with CPU.autocast(True):
-        weights = cast_together(network)
-        functional_call(network, weights, (torch.ones(1, 4),)).float().sum().backward()
-    assert weights.keys() == {"2.weight", "0.bias", "2.bias"}
-    assert torch.equal(network[1].weight, before / 2) and network[0].weight.grad.dtype == torch.float32
-
-
-def test_a_network_of_such_layers_alone_trains_in_bf16_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training_step, "cast_together", lambda _: {})
-    state = tiny_state("--precision", "bf16")
-    seen = watched(state)
-    state.learner.step(0, lr=1e-3)
-    assert seen["Conv2d"] == seen["Linear"] == {torch.bfloat16} and seen["GroupNorm"] == {torch.float32}
-
-
-def test_muon_moves_all_weights_at_once_but_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    moved: list[int] = []
-    monkeypatch.setattr(Muon, "move", lambda _, weights, group: moved.append(len(weights)))
-    shapes: list[tuple[int, ...]] = [(8, 8, 3, 3), (16, 8, 3, 3), (8, 8, 3, 3)]
-    with pretended_mps():
-        for device in (torch.device("cpu"), MPS):
-            weights = [nn.Parameter(weight.detach().to(device)) for weight in parameters(shapes)]
-            for weight in weights:
-                weight.grad = torch.ones_like(weight)
-            Muon(weights, lr=0.1, weight_decay=0.1).step()
-    assert moved == [2, 1, 3]
+def test_an_operation_without_a_deterministic_form_is_said_once_and_ends_no_run(
+        capsys: pytest.CaptureFixture[str]) -> None:
+    """As torch does on a GPU; of the operations about which it warns there, put_ is one that it knows on a CPU too."""
+    gpu = torch.device("cuda", 0)
+    for device, wanted in ((torch.device("cpu"), True), (gpu, False)):
+        with deterministic(device, wanted, print):
+            assert not torch.are_deterministic_algorithms_enabled()
+    for _ in range(2):
+        with pytest.warns(UserWarning, match="another"), deterministic(gpu, True, print):
+            assert torch.are_deterministic_algorithms_enabled()
+            assert not torch.utils.deterministic.fill_uninitialized_memory
+            x = torch.zeros(3)
+            x.put_(torch.tensor([0]), torch.ones(1))
+            warnings.warn("another warning", UserWarning, stacklevel=1)
+        assert x[0] == 1
+    said = capsys.readouterr().out
+    assert said.count("put_ has no deterministic form") == 1 and "deterministic" not in said.split("\n", 1)[1]
+    with pytest.raises(RuntimeError, match="mistake"), deterministic(gpu, True, print):
+        raise RuntimeError("a mistake")
+    assert not torch.are_deterministic_algorithms_enabled()
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.9])
@@ -320,8 +259,8 @@ def test_auto_trains_in_bf16_where_the_cpu_is_fast_at_it(fast: bool, monkeypatch
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     state = tiny_state("--precision", "auto", runtime=make_runtime(Config(device="cpu", compile="off")))
     chosen = "bf16" if fast else "fp32"
-    assert configs.stored(state.config)["precision"] == state.config.precision == chosen
-    training_log.announce(state, None)
+    assert settings.stored(state.config)["precision"] == state.config.precision == chosen
+    training.log.announce(state, None)
     assert f", {chosen}: " in capsys.readouterr().out.splitlines()[0]
     seen = watched(state)
     step = torch.bfloat16 if fast else torch.float32
@@ -332,7 +271,7 @@ def test_auto_trains_in_bf16_where_the_cpu_is_fast_at_it(fast: bool, monkeypatch
         assert {value.dtype for values in part.state.values() for value in values.values()} == {torch.float32}
     assert {p.dtype for p in (*state.learner.network.parameters(), *state.learner.average.parameters())} == {
         torch.float32}
-    for other in (training_log.test_loss, sample_two):
+    for other in (training.log.test_loss, sample_two):
         seen.clear()
         other(state)
         assert seen["Conv2d"] == seen["Linear"] == seen["GroupNorm"] == {torch.float32}
@@ -346,7 +285,7 @@ def test_explicit_precision_holds_everywhere(precision: Any, expected: torch.dty
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: fast)
     state = tiny_state("--precision", precision, runtime=make_runtime(Config(device="cpu", precision=precision)))
     seen = watched(state)
-    for work in (lambda state: state.learner.step(1, 1e-3), training_log.test_loss, sample_two):
+    for work in (lambda state: state.learner.step(1, 1e-3), training.log.test_loss, sample_two):
         seen.clear()
         work(state)
         assert seen["Conv2d"] == seen["Linear"] == {expected} and seen["GroupNorm"] == {torch.float32}
@@ -367,8 +306,8 @@ def test_the_compiler_of_a_gpu_is_deterministic_too(flag: str, options: Any, mon
     """Else it tries kernels that add in different orders, and takes the fastest."""
     wanted = []
     monkeypatch.setattr(torch, "compile", lambda function, options=None: wanted.append(options) or function)
-    chosen = configs.parse([flag]).train.deterministic
-    compiled(nothing, Runtime(torch.device("cuda", 0), bf16=True, compile=True), chosen)
+    chosen = settings.parse([flag]).train.deterministic
+    compiled(nothing, Runtime(torch.device("cuda", 0), bf16=True, compile=True), chosen)()
     assert wanted[-1] == options
 
 
@@ -408,7 +347,7 @@ def test_a_gpu_learns_and_samples_the_same_in_graphs(flags: tuple[str, ...], gra
 
     before = other.learner.network.head.weight.clone()
     with monkeypatch.context() as patch:
-        patch.setattr(training_step, "random_batch", not_finite)
+        patch.setattr(training.step, "random_batch", not_finite)
         assert other.learner.step(20, lr=1e-3).isnan()
     assert torch.equal(other.learner.network.head.weight, before)
     first = sampled(True, False, True)
@@ -426,15 +365,15 @@ def test_a_gpu_learns_and_samples_the_same_in_graphs(flags: tuple[str, ...], gra
 def test_an_apple_gpu_trains_logs_samples_and_evaluates(own_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both modes as they are, with a pretended device and the classifier of MNIST instead of one trained for it."""
     monkeypatch.setattr(plots, "save_losses", nothing)
-    monkeypatch.setattr(training_log, "PREVIEW_STEPS", 1)
+    monkeypatch.setattr(training.log, "PREVIEW_STEPS", 1)
     monkeypatch.setattr(reference, "own_classifier", lambda *_: load_classifier())
     data = ["--data-dir", str(write_set(own_folder / "data", train=600, test=100)), "--steps", "2"]
     runtime = Runtime(MPS, bf16=False, compile=False)
     with pretended_mps():
-        config = configs.parse(["--dataset", "idx", *data, "--epochs", "1", "--batch-size", "100", "--preview", "10",
+        config = settings.parse(["--dataset", "idx", *data, "--epochs", "1", "--batch-size", "100", "--preview", "10",
                                 "--num-images", "20", *TINY])
-        assert train.main(config, runtime) == 0
-        evaluate.main(configs.parse(["--mode", "evaluate", "--name", "idx", *data, "--num-images", "200"]), runtime)
+        assert training.loop.main(config, runtime) == 0
+        evaluate.main(settings.parse(["--mode", "evaluate", "--name", "idx", *data, "--num-images", "200"]), runtime)
     assert checkpoint.load(Path("checkpoints/idx/last.safetensors"))["step"] == 6
     written = {path.name for path in Path("results/idx").iterdir()}
     assert written >= {"metrics.csv", "preview-0000001.png", "sample.png", "samples.npz", "metrics.json"}

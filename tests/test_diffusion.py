@@ -6,7 +6,7 @@ import random
 import pytest
 import torch
 
-from config import Config, DiffusionConfig, UserError, validate
+from config import Config, DiffusionConfig, UserError
 from dataset import NO_LABEL
 from diffusion import (
     MIN_SNR_GAMMA,
@@ -21,6 +21,7 @@ from diffusion import (
     target,
     transition_variance,
 )
+from support.settings import validate
 
 PREDICTIONS = ["noise", "x0", "v"]
 WEIGHTINGS = ["none", "snr", "min-snr"]

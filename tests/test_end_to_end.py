@@ -18,9 +18,9 @@ import pytest
 import torch
 from PIL import Image
 
+import training.step
 from run import main
-from support import checkpoint
-from support.runtime import Runtime
+from support import checkpoint, precision
 from tests.conftest import ROOT, TINY
 from tests.processes import assert_close, assert_same, learned, nothing, start, start_ranks, wait_for
 
@@ -28,7 +28,7 @@ RUN = ["--dataset", "idx", "--batch-size", "32", "--epochs", "2", "--timesteps",
        "--device", "cpu", *TINY]
 SAMPLING = ["--steps", "3", "--num-images", "16"]
 # A save after every step, so that some kills fall into one.
-OFTEN = {"train.SAVE_SECONDS": 0.0, "support.plots.save_losses": nothing}
+OFTEN = {"training.loop.SAVE_SECONDS": 0.0, "support.plots.save_losses": nothing}
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 
@@ -131,9 +131,9 @@ def test_a_run_keeps_the_precision_that_it_began_with(began: str, continued: str
     path = Path("checkpoints/idx/last.safetensors")
     path.parent.mkdir(parents=True)
     checkpoint.save(path, state)
-    used: list[Any] = []  # the argument of autocast in each training step, None elsewhere
-    autocast = Runtime.autocast
-    monkeypatch.setattr(Runtime, "autocast", lambda self, bf16=None: (used.append(bf16), autocast(self, bf16))[1])
+    used: list[bool] = []  # the argument of autocast in each training step
+    monkeypatch.setattr(training.step, "autocast",
+                        lambda device, bf16: (used.append(bf16), precision.autocast(device, bf16))[1])
     status = main([*RUN, *SAMPLING, "--data-dir", str(idx_folder), "--epochs", "3", "--precision", continued])
     said = capsys.readouterr()
     assert status == (2 if end is None else 0), said.err
@@ -141,7 +141,7 @@ def test_a_run_keeps_the_precision_that_it_began_with(began: str, continued: str
         assert "precision was fp32, now bf16" in said.err
     else:
         assert f", {end}: " in said.out and checkpoint.load(path)["config"]["precision"] == end
-        assert {*used} == {None, end == "bf16"}
+        assert {*used} == {end == "bf16"}
 
 
 def test_killed_runs_resume_bit_for_bit(uninterrupted: Done, idx_folder: Path, tmp_path: Path) -> None:

@@ -16,7 +16,6 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 import config as configs
-import dataset
 from config import UserError
 from dataset import LabelledImages, describe
 from evaluation import evaluate
@@ -25,7 +24,7 @@ from evaluation.metrics import nearest, share_closer
 from evaluation.reference import Reference, baseline_sets
 from run import main
 from sample import choose_labels
-from support import checkpoint, plots
+from support import checkpoint, loading, plots, selection, settings
 from tests.conftest import TINY, write_set
 from tests.measuring import FEW, load_few, save_network, write_images
 
@@ -91,10 +90,11 @@ def test_any_difference_in_where_a_report_came_from_keeps_it(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("path, folder", [
-    (checkpoint.own("mine"), "mine"), (checkpoint.PRETRAINED, "shipped"), ("other/last.safetensors", "other-01234567"),
+    (selection.run_path("mine"), "mine"), (selection.PRETRAINED, "shipped"),
+    ("other/last.safetensors", "other-01234567"),
     ("checkpoints/mine/previous.safetensors", "mine-previous-01234567"), ("mine.safetensors", "mine-01234567")])
 def test_the_results_of_each_checkpoint_have_a_folder_of_their_own(path: Path | str, folder: str) -> None:
-    assert checkpoint.results_folder(Path(path), "0123456789abcdef") == Path("results") / folder
+    assert selection.results_folder(Path(path), "0123456789abcdef") == Path("results") / folder
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "cp932"])
@@ -170,7 +170,7 @@ def test_own_data_are_measured_against_themselves_by_a_classifier_of_their_own(
     monkeypatch.setattr("evaluation.classifier.train_classifier", partial(train_classifier, epochs=2))
     monkeypatch.setattr("evaluation.classifier.FEWEST_STEPS", 1)
     folder = write_set(own_folder / "Mes données à moi", 3000, 250)
-    data = describe(dataset.load(configs.parse(["--dataset", "idx", "--data-dir", str(folder)]), "train"), "idx")
+    data = describe(loading.load_split(settings.parse(["--dataset", "idx", "--data-dir", str(folder)]), "train"), "idx")
     save_network(Path("checkpoints/own/last.safetensors"), data=data)
     command = ["--mode", "evaluate", "--name", "own", "--num-images", "200", "--steps", "2", "--device", "cpu"]
     assert main(command) == 2
@@ -207,7 +207,7 @@ def test_images_of_one_class_are_measured_without_a_classifier(untrained: list[s
     assert "note: this checkpoint was trained on other images (generated)" in output
     found = json.loads((results() / "metrics.json").read_text())
     assert found["metrics"].keys() == {"texture", "zeros", "mean_intensity"} and found["classifier"] is None
-    save_network(Path("some.safetensors"), data=describe(dataset.load(configs.parse(data), "train"), "idx"))
+    save_network(Path("some.safetensors"), data=describe(loading.load_split(settings.parse(data), "train"), "idx"))
     assert main(["--mode", "compare", *data, "--num-images", "2000", "--steps", "2", "--runs", "some.safetensors",
                  "some.safetensors --steps 3"]) == 2
     assert "all images are of one class" in capsys.readouterr().err

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from config import ModelConfig, TrainConfig
 from dataset import NO_LABEL
 from model import Attention, UNet, time_features
-from optimizer import Optimizer
+from training.optimizer import Optimizer
 
 SMALL = ModelConfig(channels=(8, 16, 24), blocks=(1, 1, 1), attention=(7,), embedding=16, groups=4)
 

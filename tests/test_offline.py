@@ -11,14 +11,13 @@ import numpy as np
 import pytest
 import torch
 
-import config as configs
 import dataset
 from config import Config, UserError
-from dataset import NOTICE
 from evaluation import evaluate
 from evaluation.classifier import CONFIDENT, extract, load_classifier
 from run import main
-from support import checkpoint, idx
+from support import checkpoint, idx, loading, selection, settings
+from support.loading import NOTICE
 from support.runtime import Runtime
 from tests.conftest import TINY
 
@@ -56,7 +55,7 @@ def own_run(trained: tuple[Path, str], offline: Path) -> Path:
 
 
 def generated(split: str) -> dataset.LabelledImages:
-    return dataset.load(Config(dataset="generated"), split)
+    return loading.load_split(Config(dataset="generated"), split)
 
 
 def test_generated_digits_are_whole_and_balanced() -> None:
@@ -65,16 +64,16 @@ def test_generated_digits_are_whole_and_balanced() -> None:
     assert torch.bincount(train.labels).tolist() == [900] * 10 and torch.bincount(test.labels).tolist() == [100] * 10
     assert 0.09 < train.images.float().mean() / 255 < 0.17  # MNIST: 0.1307
     assert set(idx.GENERATED_MD5) == set(idx.MNIST_MD5)
-    assert sum(path.stat().st_size for path in dataset.GENERATED.iterdir()) < 3e6
+    assert sum(path.stat().st_size for path in loading.GENERATED.iterdir()) < 3e6
 
 
 def test_a_changed_generated_file_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for path in dataset.GENERATED.glob("*.gz"):
+    for path in loading.GENERATED.glob("*.gz"):
         content = bytearray(gzip.decompress(path.read_bytes()))
         if "t10k-images" in path.name:
             content[5000] ^= 1
         (tmp_path / path.name).write_bytes(gzip.compress(bytes(content), 1))
-    monkeypatch.setattr(dataset, "GENERATED", tmp_path)
+    monkeypatch.setattr(loading, "GENERATED", tmp_path)
     generated("train")
     with pytest.raises(UserError, match="t10k-images"):
         generated("test")
@@ -85,10 +84,10 @@ def test_auto_prefers_mnist_that_is_there(own_folder: Path) -> None:
     raw.mkdir(parents=True)
     for name in idx.MNIST_MD5:
         (raw / name).write_bytes(b"")
-    settled = dataset.settle(configs.parse([]), CPU)
+    settled = selection.settle(settings.parse([]), CPU)
     assert settled.dataset == "mnist" and settled.name == "mnist"
     with pytest.raises(UserError, match="damaged"):  # damaged is not absent: no silent fall back
-        dataset.load(settled, "train")
+        loading.load_split(settled, "train")
 
 
 def test_insisting_on_mnist_is_an_error_without_it(offline: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -105,16 +104,16 @@ def test_an_offline_run_bears_its_name_and_its_notice(trained: tuple[Path, str])
 @pytest.mark.parametrize("flags", [[], ["--name", "generated"], ["--dataset", "generated"]])
 def test_every_mode_finds_an_offline_run(flags: list[str], own_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Where it is the only run: by the same rule, and before any data set is looked for."""
-    config = configs.parse(["--mode", "evaluate", *flags])
-    settled = dataset.settle(config, CPU)
-    assert settled.sample.checkpoint == checkpoint.own("generated") and settled.dataset == "generated"
-    assert dataset.settle(replace(config, mode="sample"), CPU).sample.checkpoint == settled.sample.checkpoint
+    config = settings.parse(["--mode", "evaluate", *flags])
+    settled = selection.settle(config, CPU)
+    assert settled.sample.checkpoint == selection.run_path("generated") and settled.dataset == "generated"
+    assert selection.settle(replace(config, mode="sample"), CPU).sample.checkpoint == settled.sample.checkpoint
     assert "run of your own" not in capsys.readouterr().out
 
 
 def test_an_offline_run_is_sampled_and_measured(own_run: Path, capsys: pytest.CaptureFixture[str],
                                                 monkeypatch: pytest.MonkeyPatch) -> None:
-    digest = checkpoint.weights_digest(checkpoint.load(checkpoint.own("generated"))["ema"])
+    digest = checkpoint.weights_digest(checkpoint.load(selection.run_path("generated"))["ema"])
 
     def enough(_config: Config, train: dataset.LabelledImages, *_: object) -> None:
         raise UserError(f"{len(train)} images")  # what comes next takes long, and is the same for all runs
@@ -129,25 +128,25 @@ def test_an_offline_run_is_sampled_and_measured(own_run: Path, capsys: pytest.Ca
 
 
 def test_a_run_with_a_name_is_found_by_it_and_remembers_its_data(own_run: Path) -> None:
-    checkpoint.own("generated").parent.rename("checkpoints/mine")
+    selection.run_path("generated").parent.rename("checkpoints/mine")
     for mode in ("train", "evaluate"):
-        settled = dataset.settle(configs.parse(["--mode", mode, "--name", "mine"]), CPU)
+        settled = selection.settle(settings.parse(["--mode", mode, "--name", "mine"]), CPU)
         assert (settled.name, settled.dataset) == ("mine", "generated")
-    assert dataset.settle(configs.parse(["--mode", "sample"]), CPU).sample.checkpoint == checkpoint.PRETRAINED
+    assert selection.settle(settings.parse(["--mode", "sample"]), CPU).sample.checkpoint == selection.PRETRAINED
 
 
 def test_a_folder_that_was_asked_for_is_never_passed_over(own_run: Path, idx_folder: Path) -> None:
     """Not even where the run of that name is one of generated digits."""
-    config = configs.parse(["--name", "generated", "--data-dir", str(idx_folder)])
+    config = settings.parse(["--name", "generated", "--data-dir", str(idx_folder)])
     with pytest.raises(UserError, match="MNIST is not in .*can't be downloaded"):
-        dataset.settle(config, CPU)
+        selection.settle(config, CPU)
 
 
 def test_a_damaged_run_can_be_started_over(own_run: Path) -> None:
-    checkpoint.own("generated").write_bytes(b"junk")
+    selection.run_path("generated").write_bytes(b"junk")
     with pytest.raises(UserError, match="damaged"):
-        dataset.settle(configs.parse(["--name", "generated"]), CPU)
-    assert dataset.settle(configs.parse(["--name", "generated", "--fresh"]), CPU).dataset == "generated"
+        selection.settle(settings.parse(["--name", "generated"]), CPU)
+    assert selection.settle(settings.parse(["--name", "generated", "--fresh"]), CPU).dataset == "generated"
 
 
 def test_an_offline_run_is_never_continued_with_other_data(own_run: Path, idx_folder: Path,
@@ -157,7 +156,7 @@ def test_an_offline_run_is_never_continued_with_other_data(own_run: Path, idx_fo
 
 
 def test_the_shipped_weights_sample_the_digits_asked_for(own_folder: Path) -> None:
-    path = checkpoint.PRETRAINED
+    path = selection.PRETRAINED
     state = checkpoint.load(path)
     assert path.stat().st_size < 10e6 and state["model"] is None and state["optimizer"] is None
     assert sum(weight.numel() for weight in state["ema"].values()) <= 2.3e6 and state["history"]["columns"]

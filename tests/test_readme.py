@@ -11,10 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import config as configs
-import dataset
 from config import Config
-from support import checkpoint
+from support import checkpoint, loading, selection, settings
 from tests.conftest import ROOT, TINY
 
 README = (ROOT / "readme.md").read_text("utf-8")
@@ -31,7 +29,7 @@ def block(word: str) -> str:
 def changed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the project with every change that the readme tells to make."""
     copy = tmp_path_factory.mktemp("changed")
-    for name in ("support", "evaluation", "dataset/generated"):
+    for name in ("training", "support", "evaluation", "dataset/generated"):
         shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
     for path in ROOT.glob("*.py"):
         shutil.copy(path, copy)
@@ -75,7 +73,7 @@ def test_each_idea_can_be_trained_and_sampled_from(changed: Path) -> None:
 
 def test_a_new_knob_leaves_the_shipped_weights_as_they_are(changed: Path) -> None:
     (changed / "checkpoints").mkdir(exist_ok=True)
-    shutil.copy(checkpoint.PRETRAINED, changed / "checkpoints")
+    shutil.copy(selection.PRETRAINED, changed / "checkpoints")
     flags = ["--mode", "sample", "--checkpoint", "pretrained", "--num-images", "1", "--steps", "2"]
     process = subprocess.run([sys.executable, "run.py", *flags], cwd=changed, capture_output=True, text=True)
     assert process.returncode == 0, process.stderr[-2000:]
@@ -96,7 +94,7 @@ def test_data_set_example(kind: type, tmp_path: Path) -> None:
     for name in ("train", "t10k"):
         names["write_idx"](tmp_path / f"{name}-images-idx3-ubyte", random.integers(0, 256, (20, 28, 28)).astype(kind))
         names["write_idx"](tmp_path / f"{name}-labels-idx1-ubyte", np.arange(20).astype(kind) % 10)
-    loaded = dataset.load(configs.parse(["--dataset", "idx", "--data-dir", str(tmp_path)]), "train")
+    loaded = loading.load_split(settings.parse(["--dataset", "idx", "--data-dir", str(tmp_path)]), "train")
     assert len(loaded) == 20 and loaded.labels.tolist() == [k % 10 for k in range(20)]
 
 
@@ -104,11 +102,11 @@ def test_commands_in_the_readme_are_accepted() -> None:
     commands = re.findall(r"python run\.py (-[^`\n;#]+)", README.replace("$s", "0").replace("\\\n", ""))
     assert len(commands) >= 10
     for command in commands:
-        configs.parse(shlex.split(command.replace("--schedule sigmoid", "")))  # which the reader adds
+        settings.parse(shlex.split(command.replace("--schedule sigmoid", "")))  # which the reader adds
 
 
 def test_flags_files_and_names_in_the_readme_exist() -> None:
-    known = set(configs.KNOBS) | {f"no_{name}" for name in configs.KNOBS} | {"nproc_per_node", "help"}
+    known = set(settings.KNOBS) | {f"no_{name}" for name in settings.KNOBS} | {"nproc_per_node", "help"}
     for flag in re.findall(r"`[^`\n]*?--([a-z][a-z-]+)", README):
         assert flag.replace("-", "_") in known, flag
     for name in re.findall(r"`(?:\./)?((?:[a-z_]+/)*[a-z_]+\.py)", README):
@@ -132,7 +130,7 @@ def test_pictures_in_the_readme_exist() -> None:
 
 
 def test_the_pictures_are_of_the_weights_that_ship() -> None:
-    digest = checkpoint.weights_digest(checkpoint.load(checkpoint.PRETRAINED)["ema"])
+    digest = checkpoint.weights_digest(checkpoint.load(selection.PRETRAINED)["ema"])
     for path in (ROOT / "results" / "pretrained").iterdir():
         assert digest in str(Image.open(path).info), path
 

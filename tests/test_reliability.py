@@ -23,28 +23,26 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
+from types import FrameType, SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-import config as configs
-import dataset
-import train
-import training_state
-import training_step
-from config import UserError
+import training.loop
+import training.state
+import training.step
+from config import Config, UserError
 from diffusion import NoiseSchedule, diffusion_loss
-from optimizer import Optimizer
 from run import main
-from support import checkpoint, console, files, plots, runtime
+from support import checkpoint, code, console, files, loading, plots, runtime, settings
 from support.cuda_graphs import compiled
 from support.runtime import Runtime, choose_device
 from tests.conftest import ROOT, TINY, write_set
 from tests.processes import Program, assert_close, assert_same, learned, nothing, start, start_ranks
-from training_step import Learner
+from training.optimizer import Optimizer, learning_rate, progress
+from training.step import Learner
 
 RUN = ["--dataset", "idx", "--batch-size", "8", "--epochs", "2", "--timesteps", "100", "--preview", "0",
        "--device", "cpu", *TINY, "--steps", "3", "--num-images", "16"]  # 16 steps
@@ -82,7 +80,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, idx_folder: Path) -> Path
     folder = tmp_path_factory.mktemp("finished")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setattr(train, "SAVE_SECONDS", 0.0)
+        patch.setattr(training.loop, "SAVE_SECONDS", 0.0)
         assert main([*RUN, "--data-dir", str(idx_folder)]) == 0
     return folder
 
@@ -130,7 +128,7 @@ def poison(steps: range, monkeypatch: pytest.MonkeyPatch) -> None:
     def poisoned(*arguments: Any) -> torch.Tensor:
         return diffusion_loss(*arguments) * (torch.nan if next(count) in steps else 1)
 
-    monkeypatch.setattr(training_step, "diffusion_loss", poisoned)
+    monkeypatch.setattr(training.step, "diffusion_loss", poisoned)
 
 
 # Numbers
@@ -143,8 +141,8 @@ def poison(steps: range, monkeypatch: pytest.MonkeyPatch) -> None:
 ], ids=["one nan", "inf", "gradient"])
 def test_a_step_that_is_not_finite_changes_nothing(broken: Callable[[torch.Tensor], torch.Tensor], flags: list[str],
                                                    tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = configs.parse(flags)
-    learner = Learner(config, dataset.load(config, "train"), CPU)
+    config = settings.parse(flags)
+    learner = Learner(config, loading.load_split(config, "train"), CPU)
 
     def step() -> bool:
         """Whether it was taken."""
@@ -158,10 +156,9 @@ def test_a_step_that_is_not_finite_changes_nothing(broken: Callable[[torch.Tenso
 
     assert step()
     before = everything()
-    monkeypatch.setattr(training_step, "diffusion_loss", lambda *arguments: broken(diffusion_loss(*arguments)))
+    monkeypatch.setattr(training.step, "diffusion_loss", lambda *arguments: broken(diffusion_loss(*arguments)))
     assert not step() and everything() == before
-    assert all(parameter.grad is None for parameter in learner.network.parameters())
-    monkeypatch.setattr(training_step, "diffusion_loss", diffusion_loss)
+    monkeypatch.setattr(training.step, "diffusion_loss", diffusion_loss)
     assert step() and everything() != before
 
 
@@ -179,7 +176,7 @@ def test_many_skipped_steps_in_a_row_end_the_run_and_leave_the_checkpoint(own_fo
                                                                       capsys: Capture) -> None:
     flags = [*flags, "--epochs", "3"]
     with monkeypatch.context() as patch:
-        patch.setattr(train, "SAVE_SECONDS", 0.0)
+        patch.setattr(training.loop, "SAVE_SECONDS", 0.0)
         poison(range(4, 1000), patch)
         line = refused(flags, capsys)
     assert "not finite in 20 steps in a row" in line and "step 23" in line and "--lr" in line and str(LAST) in line
@@ -192,14 +189,14 @@ def test_many_skipped_steps_in_a_row_end_the_run_and_leave_the_checkpoint(own_fo
 def test_a_run_without_a_finite_step_has_no_checkpoint(own_folder: Path, flags: list[str],
                                                      monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
     poison(range(1000), monkeypatch)
-    monkeypatch.setattr(training_state, "BAD_STEPS", 3)
+    monkeypatch.setattr(training.state, "BAD_STEPS", 3)
     assert "last.safetensors" not in refused([*flags, "--epochs", "3"], capsys) and not LAST.exists()
 
 
 def test_weights_that_are_not_finite_are_not_saved(there: Path, flags: list[str], monkeypatch: pytest.MonkeyPatch,
                                                    capsys: Capture) -> None:
     before = checkpoint.load(LAST)
-    monkeypatch.setattr(train, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(training.loop, "SAVE_SECONDS", 0.0)
     monkeypatch.setattr(Optimizer, "step",
                         lambda self, finite: self.parts["muon"].param_groups[0]["params"][0].data.fill_(torch.nan))
     line = refused([*flags, "--epochs", "3"], capsys)
@@ -305,7 +302,7 @@ def test_minutes_used_are_remembered(own_folder: Path, flags: list[str], monkeyp
         return taken(*arguments)
 
     monkeypatch.setattr(Learner, "step", step)
-    monkeypatch.setattr(train, "time", SimpleNamespace(perf_counter=lambda: clock.seconds))
+    monkeypatch.setattr(training.loop, "time", SimpleNamespace(perf_counter=lambda: clock.seconds))
     epochs = flags.index("--epochs")
     flags = [*flags[:epochs], *flags[epochs + 2:], "--minutes", "0.2"]
     assert main(flags) == 130 and checkpoint.load(LAST)["history"]["seconds"] == 4
@@ -354,7 +351,6 @@ def test_other_images_under_the_same_name(there: Path, flags: list[str], tmp_pat
     (lambda state: state["config"].update(refiner=40), "refiner"),
     (lambda state: state["config"].update(train=7), "settings"),
     (lambda state: state["optimizer"].pop("muon"), "optimizer"),
-    (lambda state: state["optimizer"]["adamw"]["state"][0].update(exp_avg=torch.zeros(3)), "optimizer"),
     (lambda state: state["optimizer"]["adamw"].update(param_groups=[]), "optimizer"),
     (lambda state: state.update(optimizer=None), "only averaged weights"),
 ])
@@ -396,38 +392,56 @@ def test_what_the_end_needs_is_checked_at_the_start(own_folder: Path, flags: lis
 def test_code_that_was_edited_since_is_named(there: Path, flags: list[str], monkeypatch: pytest.MonkeyPatch,
                                              capsys: Capture) -> None:
     """An edit of model.py and of the optimizer, as the run that goes on would find it."""
-    edited = {**training_step.code_digests(), "model.py": "0" * 16, "optimizer.py": "1" * 16}
-    monkeypatch.setattr(training_state, "code_digests", lambda: edited)
+    edited = {"model.py": "0" * 16, "training/optimizer.py": "1" * 16}
+    monkeypatch.setattr(code, "IMPORTED", code.IMPORTED | edited)
     before, flags = LAST.read_bytes(), [*flags, "--epochs", "3"]
     line = refused(flags, capsys)
-    assert "(model.py, optimizer.py edited since)" in line and "--fresh" in line and "--same-code" in line
+    assert "(model.py, training/optimizer.py edited since)" in line and "--fresh" in line and "--same-code" in line
     assert LAST.read_bytes() == before
     assert main([*flags, "--same-code"]) == 0
-    assert checkpoint.load(LAST)["history"]["code"] == edited
+    assert checkpoint.load(LAST)["history"]["code"] == code.IMPORTED
     assert main(flags) == 0  # which it is from now on
 
 
-def test_digests_of_code_see_every_edit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = training_step.code_digests()
-    assert before.keys() >= {"training_step.py", "dataset.py", "support/randomness.py"}  # to_unit, generator, ...
-    assert not before.keys() & {"config.py", "training_log.py", "support/plots.py", "sample.py"}
-    for name in before:
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_bytes((ROOT / name).read_bytes().replace(b"\n", b"\r\n"))  # as git may check it out
-    monkeypatch.setattr(training_step, "ROOT", tmp_path)
-    assert training_step.code_digests() == before
-    for name in before:
-        (tmp_path / name).write_bytes((ROOT / name).read_bytes() + b"# more\n")
-        changed = training_step.code_digests()
-        assert {other for other in before if before[other] != changed[other]} == {name}
-        (tmp_path / name).write_bytes((ROOT / name).read_bytes())
+def test_the_code_of_a_step_is_what_a_step_runs() -> None:
+    """The files of the project in which a step calls anything, but for what only reads settings, compiles or tells."""
+    called: set[str] = set()
+
+    def note(frame: FrameType, event: str, _argument: object) -> None:
+        path = Path(frame.f_code.co_filename)
+        if event == "call" and path.is_relative_to(ROOT):
+            called.add(path.relative_to(ROOT).as_posix())
+
+    data = loading.load_split(replace(Config(), dataset="generated"), "train")
+    learner = Learner(settings.parse([*TINY, "--dropout", "0.1", "--attention", "7"]), data,
+                      Runtime(torch.device("cpu"), bf16=False, compile=False))
+    sys.setprofile(note)
+    try:
+        learner.step(0, learning_rate(learner.config.train, 0, progress(learner.config.train, len(data), 0, 0.0)))
+    finally:
+        sys.setprofile(None)
+    assert {name for name in called if not name.startswith("tests/")} == code.IMPORTED.keys()
+
+
+def test_digests_are_of_the_code_that_was_imported(tmp_path: Path) -> None:
+    """Of its text, whatever its line ends; an edit after the import changes nothing."""
+    folder = tmp_path / "project"
+    shutil.copytree(ROOT / "support", folder / "support")
+    shutil.copyfile(ROOT / "config.py", folder / "config.py")
+    (folder / "dataset.py").write_bytes((ROOT / "dataset.py").read_bytes().replace(b"\n", b"\r\n"))
+    (folder / "model.py").write_bytes((ROOT / "model.py").read_bytes() + b"# edited\n")
+    script = ("import model, pathlib; from support import code; pathlib.Path('model.py').write_text('# again'); "
+              "print(code.IMPORTED['model.py'], code.IMPORTED['dataset.py'], code.digest('model.py'))")
+    output = subprocess.run([sys.executable, "-c", script], cwd=folder, capture_output=True, text=True, check=True)
+    model, data, now = output.stdout.split()
+    assert model != code.digest("model.py") and data == code.digest("dataset.py") and now not in (model, data)
 
 
 def test_sampling_takes_the_schedule_of_the_checkpoint_not_of_the_code(there: Path,
                                                                        monkeypatch: pytest.MonkeyPatch) -> None:
     assert main(SAMPLE) == 0
     images = np.load("results/idx/samples.npz")["arr_0"]
-    for module in ("diffusion", "training_step"):
+    for module in ("diffusion", "training.step"):
         monkeypatch.setattr(f"{module}.make_schedule",
                             lambda config: NoiseSchedule(torch.linspace(1, 0.5, 101).double()))
     assert main(SAMPLE) == 0
@@ -461,7 +475,7 @@ def file_size_limit(size: int) -> Iterator[None]:
 def test_no_room_for_a_checkpoint(there: Path, flags: list[str], monkeypatch: pytest.MonkeyPatch,
                                   capsys: Capture) -> None:
     before = LAST.read_bytes()
-    monkeypatch.setattr(train, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(training.loop, "SAVE_SECONDS", 0.0)
     with file_size_limit(len(before) // 2):
         line = refused([*flags, "--epochs", "3"], capsys)
     assert str(LAST) in line and LAST.read_bytes() == before
@@ -526,10 +540,10 @@ def test_suspended_time_is_no_training_time() -> None:
     """Ctrl-Z for an hour counts as one usual step, and so does the next; steps that are just slow count in full."""
     durations: deque[float] = deque(maxlen=101)
     steps = [30.0, *[0.4] * 20, 9.9, 3600.0, 0.4, 7200.0, 0.4]
-    counted = [train.step_seconds(step, durations) for step in steps]
+    counted = [training.loop.step_seconds(step, durations) for step in steps]
     assert counted == [30.0, *[0.4] * 20, 9.9, 0.4, 0.4, 0.4, 0.4]
     slow: deque[float] = deque(maxlen=101)
-    assert [train.step_seconds(step, slow) for step in (15.0, 60.0, 200.0)] == [15.0, 60.0, 200.0]
+    assert [training.loop.step_seconds(step, slow) for step in (15.0, 60.0, 200.0)] == [15.0, 60.0, 200.0]
 
 
 @pytest.mark.parametrize("left_over", [{"RANK": "1"}, {"WORLD_SIZE": "2"}, {"RANK": ""}, {"RANK": "x"},
@@ -588,6 +602,12 @@ def test_a_compiler_cache_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch
 # The device
 
 
+def raiser(error: Exception) -> Callable[..., Any]:
+    def fail(*_: Any, **__: Any) -> Any:
+        raise error
+    return fail
+
+
 def test_a_compiler_that_fails_at_any_call_ends_no_run(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
     def compile_badly(function: Callable[[int], int]) -> Callable[[int], int]:
         def call(x: int) -> int:
@@ -599,13 +619,18 @@ def test_a_compiler_that_fails_at_any_call_ends_no_run(monkeypatch: pytest.Monke
     def half(x: int) -> int:
         return 6 // x
 
-    monkeypatch.setattr(torch, "compile", compile_badly)
+    monkeypatch.setattr(torch, "compile", lambda function, options: compile_badly(function))
     assert compiled(half, CPU) is half
     call = compiled(half, replace(CPU, compile=True))
     assert [call(1), call(2), call(1)] == [60, 3, 6]
-    assert capsys.readouterr().out == "note: torch.compile failed (RuntimeError: no compiler); going on without\n"
+    assert capsys.readouterr().out == "note: torch.compile failed (RuntimeError: no compiler); going on without it.\n"
     with pytest.raises(ZeroDivisionError):  # its own failures are its own
         call(0)
+    for broken in (RuntimeError("Python 3.99+ is not supported"), OSError("no compiler here")):  # as it is made
+        monkeypatch.setattr(torch, "compile", raiser(broken))
+        call = compiled(half, replace(CPU, compile=True))
+        assert [call(1), call(2)] == [6, 3]
+        assert capsys.readouterr().out.count("torch.compile failed") == 1
 
 
 def test_each_process_has_its_device_or_all_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -627,7 +652,7 @@ def fsync_or_hang(descriptor: int) -> None:
         time.sleep(0.01)
 
 
-OFTEN = {"train.SAVE_SECONDS": 0.0, "support.plots.save_losses": nothing}
+OFTEN = {"training.loop.SAVE_SECONDS": 0.0, "support.plots.save_losses": nothing}
 
 
 def hang(*_: Any) -> None:
@@ -777,8 +802,8 @@ def test_a_failure_of_the_first_process_ends_all(mode: str, failing: str, there:
 def test_a_run_stopped_on_two_processes_resumes_on_one(finished: Path, own_folder: Path, flags: list[str],
                                                        capsys: Capture) -> None:
     programs = start_ranks(own_folder, 2, *flags, "--preview", "1",
-                           changes={"train.SAVE_SECONDS": 0.0, "support.plots.save_losses": nothing,
-                                    "training_state.BAD_STEPS": 20})
+                           changes={"training.loop.SAVE_SECONDS": 0.0, "support.plots.save_losses": nothing,
+                                    "training.state.BAD_STEPS": 20})
     programs[0].wait_for(Path("results/idx/preview-0000002.png").exists)
     programs[1].signal(signal.SIGTERM)  # whichever of them gets it
     outputs = [program.finish(143) for program in programs]

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 
-import config as configs
 import run
 from config import Config, DiffusionConfig, ModelConfig, SampleConfig, TrainConfig, UserError
 from dataset import NO_LABEL, to_uint8
@@ -23,7 +22,7 @@ from sample import (
     sample_images,
 )
 from samplers import spaced_timesteps
-from support import checkpoint
+from support import checkpoint, settings
 from support.runtime import Runtime
 
 CPU = Runtime(torch.device("cpu"), bf16=False, compile=False)
@@ -34,8 +33,8 @@ FIVE = [40, 0, 30, 0, 20, 0, 10, 0, 0, 25]  # training images of each class, of 
 
 
 def model_of(network, schedule, label_dropout=0.1, counts=None):
-    settings = configs.stored(Config(train=TrainConfig(label_dropout=label_dropout)))
-    return LoadedModel(network, schedule, CPU, settings, {"data": {"name": "shapes", "classes": counts}})
+    stored = settings.stored(Config(train=TrainConfig(label_dropout=label_dropout)))
+    return LoadedModel(network, schedule, CPU, stored, {"data": {"name": "shapes", "classes": counts}})
 
 
 def sampled(network, schedule, options, seed, indices, labels, shown=0):
@@ -340,7 +339,7 @@ def write_model(path, label_dropout=0.05, counts=FIVE):
                     train=TrainConfig(label_dropout=label_dropout))
     path.parent.mkdir(parents=True)
     checkpoint.save(path, {
-        "config": configs.stored(config), "model": None, "ema": small_network().state_dict(), "optimizer": None,
+        "config": settings.stored(config), "model": None, "ema": small_network().state_dict(), "optimizer": None,
         "step": 5, "history": {"data": {"name": "idx", "classes": counts, "mean": 0.5, "std": 0.25},
                                "alpha_bar": make_schedule(config.diffusion).alpha_bar}})
 

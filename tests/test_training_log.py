@@ -7,13 +7,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import config as configs
-import training_log
+import training.log
 from config import Config, TrainConfig
 from dataset import LabelledImages
 from diffusion import make_schedule
+from support import settings
 from support.runtime import Runtime
-from training_log import log_number, preview_number
+from training.log import log_number, preview_number
 
 CPU = Runtime(torch.device("cpu"), bf16=False, compile=False)
 
@@ -72,8 +72,8 @@ def test_the_test_loss_takes_test_images_from_everywhere(monkeypatch, count):
         levels.extend(t.tolist())
         return t.float()
 
-    monkeypatch.setattr(training_log, "diffusion_loss", loss)
-    first = training_log.test_loss(state)
+    monkeypatch.setattr(training.log, "diffusion_loss", loss)
+    first = training.log.test_loss(state)
     number = min(1000, count)
     assert len(set(chosen)) == len(chosen) == number
     assert sum(index < count / 2 for index in chosen) in (number // 2, (number + 1) // 2)
@@ -81,15 +81,15 @@ def test_the_test_loss_takes_test_images_from_everywhere(monkeypatch, count):
     assert max(chosen) >= count - 3
     assert abs(torch.corrcoef(torch.tensor([chosen, levels]).float())[0, 1]) < 0.3, "noise levels are dealt at random"
     assert first == pytest.approx([50.5 + 100 * level for level in range(10)], abs=10), "by tenths of the noise levels"
-    assert training_log.test_loss(state) == first
+    assert training.log.test_loss(state) == first
 
 
 def test_a_log_point_adds_a_row_and_draws_losses_from_the_third_on(own_folder, monkeypatch, capsys):
     """A picture of two points would be almost empty; a table that can't be written is a warning and no more."""
     drawn = []
-    monkeypatch.setattr(training_log, "test_loss", lambda state: [0.5] * 10)
-    monkeypatch.setattr(training_log, "shipped_losses", lambda config: None)
-    monkeypatch.setattr(training_log.plots, "save_losses", lambda path, columns, *_, **__: drawn.append(
+    monkeypatch.setattr(training.log, "test_loss", lambda state: [0.5] * 10)
+    monkeypatch.setattr(training.log, "shipped_losses", lambda config: None)
+    monkeypatch.setattr(training.log.plots, "save_losses", lambda path, columns, *_, **__: drawn.append(
         (path.name, len(columns["step"]))))
     config = Config(train=TrainConfig(preview=0))
     history = {"columns": {}, "running": [3.0, 6], "skipped": 1, "seconds": 2.0, "data": {"images": 640}}
@@ -100,7 +100,7 @@ def test_a_log_point_adds_a_row_and_draws_losses_from_the_third_on(own_folder, m
         if state.step == 4:
             (own_folder / "metrics.csv").unlink()
             (own_folder / "metrics.csv").mkdir()
-        training_log.log_point(state, preview=state.step != 4)
+        training.log.log_point(state, preview=state.step != 4)
         if state.step == 3:
             rows = list(csv.DictReader((own_folder / "metrics.csv").open()))
     assert drawn == [("loss.png", 3)]
@@ -116,10 +116,10 @@ def test_a_log_point_adds_a_row_and_draws_losses_from_the_third_on(own_folder, m
 def test_the_shipped_weights_are_compared_only_where_they_were_measured_alike(monkeypatch, dataset, diffusion, shown):
     config, columns = Config(dataset="mnist"), {"test_loss": [0.1]}
     history = {"data": {"name": "mnist"}, "columns": columns}
-    monkeypatch.setattr(training_log.checkpoint, "load", lambda path: {"config": configs.stored(config),
+    monkeypatch.setattr(training.log.checkpoint, "load", lambda path: {"config": settings.stored(config),
                                                                        "history": history})
-    training_log.shipped_losses.cache_clear()
-    found = training_log.shipped_losses(replace(config, dataset=dataset,
+    training.log.shipped_losses.cache_clear()
+    found = training.log.shipped_losses(replace(config, dataset=dataset,
                                                 diffusion=replace(config.diffusion, **diffusion)))
-    training_log.shipped_losses.cache_clear()
+    training.log.shipped_losses.cache_clear()
     assert found == (columns if shown else None)

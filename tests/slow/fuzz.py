@@ -26,14 +26,13 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-import config as configs
 from config import SampleConfig, UserError
 from dataset import LabelledImages
 from sample import load_checkpoint, make_request
-from support import checkpoint
+from support import checkpoint, settings
 from support.runtime import Runtime
 from tests.conftest import TINY
-from training_state import new_state, save
+from training.state import new_state, save
 
 HANG_SECONDS = 5
 CPU = Runtime(torch.device("cpu"), bf16=False, compile=False)
@@ -128,7 +127,7 @@ def holds(data: bytes, state: Any) -> bool:
 def written() -> list[bytes]:
     """A run's checkpoint, and one that holds averaged weights alone, in half precision."""
     images = LabelledImages(torch.randint(256, (50, 1, 28, 28), dtype=torch.uint8), torch.arange(50) % 10)
-    config = configs.parse(["--dataset", "mnist", "--name", "mnist", "--batch-size", "8", *TINY])
+    config = settings.parse(["--dataset", "mnist", "--name", "mnist", "--batch-size", "8", *TINY])
     training = new_state(config, CPU, images, images)
     training.learner.step(0, lr=1e-3)
     path = training.path
@@ -148,7 +147,7 @@ def problem_with(path: Path, data: bytes) -> str:
         make_request(load_checkpoint(path, CPU), SampleConfig(), 0, 1)
         state = checkpoint.load(path)
         try:
-            configs.training_settings(state["config"])
+            settings.training_settings(state["config"])
         except UserError as error:
             raise UserError(f"{path}: {error}") from None  # as where a run is resumed
         signal.setitimer(signal.ITIMER_REAL, 0)

@@ -28,7 +28,7 @@ from tests.processes import Program, assert_close, assert_same, learned, start, 
 EPOCHS = 8  # of 8 steps each
 FLAGS = ["--dataset", "idx", "--data-dir", "../data", "--epochs", str(EPOCHS), "--batch-size", "32", "--device", "cpu",
          "--timesteps", "100", "--preview", "4", "--steps", "3", "--num-images", "16", *TINY]
-OFTEN = {"train.SAVE_SECONDS": 0.0}  # a save after every step
+OFTEN = {"training.loop.SAVE_SECONDS": 0.0}  # a save after every step
 PATIENCE = 900  # seconds after which a process has hung, on a busy machine too
 Learned = dict[str, Any]
 

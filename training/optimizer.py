@@ -5,14 +5,15 @@ A step whose loss or gradient is not `finite` changes nothing. The device decide
 
 import math
 from collections.abc import Sequence
-from functools import cache
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from config import TrainConfig
+from config import TrainConfig, UserError
+from support import code
+
+code.register(__file__)
 
 MOMENTUM = 0.95
 ITERATIONS, COEFFICIENTS = 5, (3.4445, -4.7750, 2.0315)  # of Newton and Schulz, as in torch.optim.Muon
@@ -25,9 +26,11 @@ class Optimizer:
     """
 
     def __init__(self, network: nn.Module, options: TrainConfig) -> None:
+        if options.optimizer not in ("muon", "adamw"):
+            raise UserError(f"--optimizer {options.optimizer}: training/optimizer.py has no such optimizer")
         muon = options.optimizer == "muon"
         inner = [p for p in network.parameters() if muon and p.ndim == 4 and min(p.shape[:2]) > 1]
-        rest = [p for p in network.parameters() if all(p is not other for other in inner)]
+        rest = [p for p in network.parameters() if not (muon and p.ndim == 4 and min(p.shape[:2]) > 1)]
         self.lr = torch.tensor(options.lr, device=rest[0].device)
         common: dict[str, Any] = {"lr": self.lr, "weight_decay": options.weight_decay}
         self.parts: dict[str, torch.optim.Optimizer] = {
@@ -57,18 +60,12 @@ class Optimizer:
                     group["capturable"] = self.lr.is_cuda
             for weight, values in part.state.items():
                 for key, value in values.items():
-                    if value.ndim and value.shape != weight.shape:  # torch does not check shapes
-                        raise ValueError("its shapes are not those of the weights")
-                    if value.ndim:  # nor the layout, which the fused kernels take to be the weight's
+                    if value.shape == weight.shape:  # in the layout that fused kernels take to be the weight's
                         values[key] = torch.empty_like(weight, dtype=value.dtype).copy_(value)
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon with Nesterov momentum, as torch.optim.Muon, for 4-D weights.
-
-    On a CPU all weights of one shape move at once. Elsewhere, where a kernel takes longer to launch than to compute,
-    all weights do: as matrices of one size, the smaller ones with zeros around them, which change nothing.
-    """
+    """Muon with Nesterov momentum, as torch.optim.Muon, for 4-D weights; those of one shape are updated together."""
 
     found_inf: Tensor
 
@@ -79,55 +76,31 @@ class Muon(torch.optim.Optimizer):
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """One update of every weight that has a gradient."""
         for group in self.param_groups:
-            alike: dict[torch.Size | None, list[nn.Parameter]] = {}
+            by_shape: dict[torch.Size, list[nn.Parameter]] = {}
             for weight in group["params"]:
                 if weight.grad is not None:
-                    alike.setdefault(weight.shape if weight.device.type == "cpu" else None, []).append(weight)
-            for weights in alike.values():
-                self.move(weights, group)
+                    by_shape.setdefault(weight.shape, []).append(weight)
+            for weights in by_shape.values():
+                self.update(weights, group)
 
-    def move(self, weights: Sequence[nn.Parameter], group: dict[str, Any]) -> None:
-        """One update of weights [a, b, k, k], here matrices [a, k * k * b], flattened."""
+    def update(self, weights: Sequence[nn.Parameter], group: dict[str, Any]) -> None:
+        """One update of N weights [a, b, k, k], here matrices [a, k * k * b]."""
         for weight in weights:
             if not self.state[weight]:
                 self.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
         gradients = [cast(Tensor, weight.grad) for weight in weights]
         buffers = [self.state[weight]["momentum_buffer"] for weight in weights]
-        numbers = torch.cat([each.permute(0, 2, 3, 1).flatten() for each in (*weights, *gradients, *buffers)])
-        old, grads, momenta = numbers.chunk(3)  # each [n]
+        old, grads, momenta = (torch.stack([tensor.permute(0, 2, 3, 1).flatten(1) for tensor in tensors])
+                               for tensors in (weights, gradients, buffers))  # each [N, a, k * k * b]
         new_momenta = momenta.lerp(grads, 1 - MOMENTUM)
-        shapes = tuple((len(weight), weight[0].numel()) for weight in weights)
-        lr, change = group["lr"], orthogonal_change(grads.lerp(new_momenta, MOMENTUM), shapes)
-        new = old * (1 - lr * group["weight_decay"]) - lr * change
-        finite, sizes = self.found_inf == 0, [weight.numel() for weight in weights]
-        results = (*torch.where(finite, new, old).split(sizes),
-                   *torch.where(finite, new_momenta, momenta).split(sizes))
-        targets = [each.permute(0, 2, 3, 1) for each in (*weights, *buffers)]  # each [a, k, k, b]
-        torch._foreach_copy_(targets, [result.view_as(target) for result, target in zip(results, targets)])
-
-
-def orthogonal_change(directions: Tensor, shapes: tuple[tuple[int, int], ...]) -> Tensor:
-    """Orthogonalized matrices of these shapes, scaled to AdamW's size (2502.16982, eq. 4); flattened [n]."""
-    if len(set(shapes)) == 1:
-        return 0.2 * max(shapes[0]) ** 0.5 * orthogonalized(directions.view(-1, *shapes[0])).flatten()
-    sources, places, scales = padding(shapes, directions.device)
-    return (scales * orthogonalized(F.pad(directions, (0, 1))[sources])).flatten()[places]
-
-
-@cache  # a captured CUDA graph goes on reading them
-def padding(shapes: tuple[tuple[int, int], ...], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """To lay matrices of these shapes, flattened and concatenated to n numbers, into N of one size [a, b], and back.
-
-    The number that belongs into each place of [N, a, b], n for none; the places [n] of the numbers among N * a * b; and
-    the scale of each matrix [N, 1, 1]. Tall matrices lie on their side.
-    """
-    sizes = [a * b for a, b in shapes]
-    sources = torch.full((len(shapes), max(map(min, shapes)), max(map(max, shapes))), sum(sizes))
-    for matrix, (a, b), numbers in zip(sources, shapes, torch.arange(sum(sizes)).split(sizes)):
-        matrix[:min(a, b), :max(a, b)] = numbers.view(a, b).mT if a > b else numbers.view(a, b)
-    places = sources.flatten().argsort(stable=True)[:sum(sizes)]
-    scales = torch.tensor([0.2 * max(shape) ** 0.5 for shape in shapes])[:, None, None]
-    return sources.to(device), places.to(device), scales.to(device)
+        scale = 0.2 * max(old.shape[1:]) ** 0.5  # to AdamW's size (2502.16982, eq. 4)
+        change = scale * orthogonalized(grads.lerp(new_momenta, MOMENTUM))
+        new = old * (1 - group["lr"] * group["weight_decay"]) - group["lr"] * change
+        finite = self.found_inf == 0
+        for tensors, after, before in ((weights, new, old), (buffers, new_momenta, momenta)):
+            targets = [tensor.permute(0, 2, 3, 1) for tensor in tensors]  # each [a, k, k, b]
+            torch._foreach_copy_(targets, [matrix.view_as(target) for matrix, target in
+                                           zip(torch.where(finite, after, before), targets)])
 
 
 def orthogonalized(matrices: Tensor) -> Tensor:
@@ -142,8 +115,20 @@ def orthogonalized(matrices: Tensor) -> Tensor:
     return (x.mT if tall else x).float()
 
 
+def run_length(options: TrainConfig, images: int) -> int:
+    """Steps in the epochs of these options, each a pass over so many images."""
+    return math.ceil(options.epochs * images / options.batch_size)
+
+
+def progress(options: TrainConfig, images: int, step: int, seconds: float) -> float:
+    """The part of a run that is done, 0 to 1: by seconds of training if minutes are given, else by steps."""
+    if options.minutes is not None:
+        return min(1.0, seconds / (60 * options.minutes))
+    return min(1.0, step / run_length(options, images))
+
+
 def learning_rate(options: TrainConfig, step: int, progress: float) -> float:
-    """The rate of a step: rises over the warm-up and decays over the run, of which `progress` (0 to 1) is over."""
+    """The rate of a step: rises over the warm-up and decays over the run, of which `progress` (0 to 1) is done."""
     decay = {"constant": 1.0, "linear": 1 - progress, "cosine": (1 + math.cos(math.pi * progress)) / 2}
     return options.lr * decay[options.lr_schedule] * min(1.0, (step + 1) / max(1, options.warmup))
 

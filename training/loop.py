@@ -1,4 +1,4 @@
-"""mode train: the loop, and when a run is saved and logged. The step itself is in training_step.py."""
+"""mode train: the loop, and when a run is saved and logged. The step itself is in training/step.py."""
 
 import contextlib
 import time
@@ -10,13 +10,13 @@ from tqdm import tqdm
 
 import sample
 from config import Config, UserError
-from dataset import load_both, settle
-from optimizer import learning_rate
-from support import checkpoint
+from support import selection
 from support.files import lock, make_folder
+from support.loading import load_both
 from support.runtime import Runtime, stop_signals
-from training_log import announce, current_model, log_number, log_point, preview_number
-from training_state import TrainingState, new_state, read_losses, resume, save
+from training.log import announce, current_model, log_number, log_point, preview_number
+from training.optimizer import learning_rate, run_length
+from training.state import TrainingState, new_state, read_losses, resume, save
 
 SAVE_SECONDS = 30.0  # between checkpoints
 READ_SECONDS = 1.0  # between reads of the losses, each of which waits for the device
@@ -29,7 +29,7 @@ def main(config: Config, runtime: Runtime) -> int:
     if config.train.batch_size < runtime.world:
         raise UserError(f"--batch-size {config.train.batch_size}: fewer images than the {runtime.world} processes; "
                         "raise it, or start fewer")
-    config = settle(config, runtime)
+    config = selection.settle(config, runtime)
     state = new_state(config, runtime, *load_both(config, runtime))  # before the folders: a wrong --data-dir makes none
     sample.make_request(current_model(state), config.sample, config.seed, 1)  # as at the end: errors come now
     folder, results = state.path.parent, state.results
@@ -37,8 +37,8 @@ def main(config: Config, runtime: Runtime) -> int:
     with contextlib.ExitStack() as held:
         runtime.on_rank0(lambda: held.enter_context(lock(folder)))
         if config.train.fresh:
-            runtime.on_rank0(lambda: checkpoint.keep_old(folder, results))
-        resumes = runtime.on_rank0(lambda: checkpoint.is_there(folder))
+            runtime.on_rank0(lambda: selection.keep_old(folder, results))
+        resumes = runtime.on_rank0(lambda: selection.run_exists(str(config.name)))
         before = runtime.gather(lambda: resume(state, config.precision))[runtime.rank] if resumes else None
         if before is not None and state.progress(config.train) >= 1:
             last = results / "samples.npz"  # older than the checkpoint if the run was killed before it sampled
@@ -65,10 +65,11 @@ def train(state: TrainingState) -> int:
     """The loop, with its saves; returns the number of the signal that stopped it, or 0 at the end of the run."""
     options, runtime = state.config.train, state.runtime
     durations: deque[float] = deque(maxlen=101)
+    slow_steps = state.learner.slow_steps  # these compile: however long that takes, two equal runs train equally
     last_save = last_read = time.perf_counter()
-    bar = tqdm(total=state.length(options) if options.minutes is None else None, initial=state.step, unit="img",
-               unit_scale=options.batch_size, disable=runtime.rank != 0, dynamic_ncols=True, mininterval=0.5,
-               smoothing=0.05)
+    bar = tqdm(total=run_length(options, len(state.train)) if options.minutes is None else None, initial=state.step,
+               unit="img", unit_scale=options.batch_size, disable=runtime.rank != 0, dynamic_ncols=True,
+               mininterval=0.5, smoothing=0.05)
     with stop_signals() as stop, bar:
         while True:
             began = time.perf_counter()
@@ -88,7 +89,9 @@ def train(state: TrainingState) -> int:
                 if (loss := read_losses(state)) is not None:
                     bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
                 last_read = time.perf_counter()
-            state.history["seconds"] += step_seconds(time.perf_counter() - began, durations)
+            slow_steps -= 1
+            if slow_steps < 0:
+                state.history["seconds"] += step_seconds(time.perf_counter() - began, durations)
             if log_now:
                 end = options.minutes is None and state.progress(options) >= 1
                 log_point(state, preview=end or preview_number(now) != preview_number(before))

@@ -8,11 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from config import Config, TrainConfig, UserError, differences, stored, training_settings
+from config import Config, TrainConfig, UserError
 from dataset import LabelledImages, describe
-from support import checkpoint
+from support import checkpoint, code
 from support.runtime import Runtime
-from training_step import Learner, code_digests
+from support.selection import run_path
+from support.settings import differences, stored, training_settings
+from training.optimizer import progress
+from training.step import Learner
 
 BAD_STEPS = 20  # steps in a row without a finite loss after which a run stops
 
@@ -36,15 +39,9 @@ class TrainingState:
     def epoch(self, step: int) -> float:
         return step * self.config.train.batch_size / self.history["data"]["images"]
 
-    def length(self, options: TrainConfig) -> int:
-        """Steps in the epochs of these options."""
-        return math.ceil(options.epochs * self.history["data"]["images"] / options.batch_size)
-
     def progress(self, options: TrainConfig) -> float:
-        """The part of the run that is done, 0 to 1: by time if minutes are given, else by steps."""
-        if options.minutes is not None:
-            return min(1.0, self.history["seconds"] / (60 * options.minutes))
-        return min(1.0, self.step / self.length(options))
+        """The part of the run that is done, 0 to 1, had it these options."""
+        return progress(options, self.history["data"]["images"], self.step, self.history["seconds"])
 
     def effort(self) -> str:
         skipped = f", {self.history['skipped']} steps skipped" if self.history["skipped"] else ""
@@ -56,10 +53,10 @@ def new_state(config: Config, runtime: Runtime, train: LabelledImages, test: Lab
     """A run at its start; precision auto becomes what this device is fast at."""
     config = replace(config, precision=runtime.on_rank0(lambda: runtime.training_precision(config.precision)))
     learner = Learner(config, train, runtime)
-    history = {"columns": {}, "running": [0.0, 0], "seconds": 0.0, "skipped": 0, "code": code_digests(),
+    history = {"columns": {}, "running": [0.0, 0], "seconds": 0.0, "skipped": 0, "code": dict(code.IMPORTED),
                "data": describe(train, config.dataset), "alpha_bar": learner.schedule.alpha_bar}
     name = str(config.name)
-    return TrainingState(config, runtime, train, test, learner, history, checkpoint.own(name), Path("results", name))
+    return TrainingState(config, runtime, train, test, learner, history, run_path(name), Path("results", name))
 
 
 def resume(state: TrainingState, precision: str) -> TrainConfig:

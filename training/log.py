@@ -12,15 +12,18 @@ from typing import Any
 import numpy as np
 import torch
 
-from config import Config, SampleConfig, TrainConfig, UserError, stored, training_settings
+from config import Config, SampleConfig, TrainConfig, UserError
 from dataset import to_uint8, to_unit
 from diffusion import diffusion_loss, stratified_timesteps
-from optimizer import learning_rate
 from sample import LoadedModel, make_request, sample_images
 from support import checkpoint, plots
 from support.files import write_atomically, write_results
+from support.precision import autocast
 from support.randomness import TEST_STREAM, generator
-from training_state import TrainingState
+from support.selection import PRETRAINED
+from support.settings import stored, training_settings
+from training.optimizer import learning_rate
+from training.state import TrainingState
 
 TEST_IMAGES = 1000  # of the test loss
 LEVELS = 10  # bins of t
@@ -108,8 +111,8 @@ def test_loss(state: TrainingState) -> list[float]:
     t = stratified_timesteps(timesteps, number, torch.tensor(0.5))[torch.randperm(number, generator=random)]
     noise = torch.randn(number, 1, 28, 28, generator=random)
     chosen = test[(torch.arange(number) * len(test) // number).to(device)]  # evenly: MNIST's first half is easier
-    parts = zip(*(each.to(device).split(250) for each in (to_unit(chosen.images), chosen.labels, t, noise)))
-    with torch.inference_mode(), state.runtime.autocast():
+    parts = zip(*(tensor.to(device).split(250) for tensor in (to_unit(chosen.images), chosen.labels, t, noise)))
+    with torch.inference_mode(), autocast(device, state.runtime.bf16):
         losses = [diffusion_loss(learner.average, learner.schedule, x0, labels, times, noises,
                                  state.config.train.clip_loss) for x0, labels, times, noises in parts]
     loss, level = torch.cat(losses).cpu().double(), (t - 1) * LEVELS // timesteps
@@ -120,7 +123,7 @@ def test_loss(state: TrainingState) -> list[float]:
 def shipped_losses(config: Config) -> dict[str, Any] | None:
     """The shipped weights' columns of metrics.csv; None unless they were measured in the same way on the same data."""
     try:
-        shipped = checkpoint.load(checkpoint.PRETRAINED)
+        shipped = checkpoint.load(PRETRAINED)
         theirs = training_settings(shipped["config"])[0]
     except UserError:
         return None

@@ -1,0 +1,126 @@
+"""Which checkpoint, run, data set and results folder are meant: decided here alone, before a mode does anything."""
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+from config import ROOT, Config, UserError
+from dataset import SOURCES
+from support import checkpoint, idx
+from support.checkpoint import LAST, PREVIOUS
+from support.files import set_aside
+from support.loading import NOTICE, data_folder
+from support.runtime import Runtime
+from support.settings import RESERVED
+
+RUNS = Path("checkpoints")  # the folder of the user's runs
+PRETRAINED = ROOT / "checkpoints" / "pretrained.safetensors"
+
+
+def settle(config: Config, runtime: Runtime) -> Config:
+    """The config with its checkpoint, name and data set decided, which is the first step of every mode.
+
+    In modes sample and evaluate, `sample.checkpoint` becomes a file. Unless --dataset is given, the data set is the
+    checkpoint's own; for a new run it is MNIST or, where MNIST is unavailable and no --data-dir was given, generated
+    digits. Raises UserError for a run that does not exist and for unavailable data.
+    """
+    path = None
+    if config.mode in ("sample", "evaluate"):
+        path = find(config)
+        if path == PRETRAINED and config.sample.checkpoint is None:
+            runtime.say("There is no run of your own yet (checkpoints/mnist/), so this uses the weights that ship with "
+                        "the project." + list_runs())
+        config = replace(config, sample=replace(config.sample, checkpoint=path))
+    elif config.mode == "train" and config.name is not None and not config.train.fresh:
+        path = run_path(config.name)
+    if config.dataset == "auto" and config.mode != "sample":
+        known = runtime.on_rank0(lambda: data_name(path)) if path is not None and os.path.isfile(path) else None
+        if known == "generated" and config.mode == "train" and config.data_dir is not None:
+            known = None  # a folder that was asked for is never ignored
+        config = replace(config, dataset=known or runtime.on_rank0(lambda: _mnist_or_generated(config)))
+    if config.dataset == "idx" and config.data_dir is None and config.mode != "sample":
+        raise UserError("--dataset idx: say with --data-dir in which folder its four IDX files are")
+    return replace(config, name=config.name or config.dataset) if config.mode == "train" else config
+
+
+def data_name(path: Path) -> str | None:
+    """The --dataset on which a checkpoint was trained, None if this version does not have it."""
+    data = checkpoint.load(path)["history"].get("data")
+    name = data.get("name") if isinstance(data, dict) else None
+    return name if name in (*SOURCES, "generated", "idx") else None
+
+
+def _mnist_or_generated(config: Config) -> str:
+    source = SOURCES["mnist"]
+    folder = source.folder(data_folder(config, "mnist"), "mnist")
+    if not idx.is_complete(folder, source.digests):
+        try:
+            idx.download(source, folder)
+        except UserError as error:
+            if config.data_dir is not None:
+                raise
+            print(f"{error}\n{NOTICE}", flush=True)
+            return "generated"
+    return "mnist"
+
+
+def run_path(name: str) -> Path:
+    """The checkpoint of the run of that name."""
+    return RUNS / name / LAST
+
+
+def run_exists(name: str) -> bool:
+    """Whether a run has a checkpoint, be it only the previous one, to which the error of `checkpoint.load` points."""
+    return any(os.path.isfile(RUNS / name / file) for file in (LAST, PREVIOUS))
+
+
+def list_runs() -> str:
+    """A sentence that lists the user's runs."""
+    names = sorted(path.parent.name for path in RUNS.glob(f"*/{LAST}"))
+    return f" Runs in {RUNS}/: {', '.join(names) or 'none'}."
+
+
+def find(config: Config) -> Path:
+    """The checkpoint of --checkpoint, --name or --dataset; else of the run mnist or generated; else the shipped one.
+
+    Raises UserError if the one that was asked for is not there.
+    """
+    if config.sample.checkpoint is not None:
+        return resolve(str(config.sample.checkpoint), "--checkpoint")
+    if config.name is not None or config.dataset != "auto":
+        flag, name = ("--dataset", str(config.dataset)) if config.name is None else ("--name", config.name)
+        if not run_exists(name):
+            raise UserError(f"{flag} {name}: there is no run of that name ({run_path(name)}).{list_runs()} Train it "
+                            "first, name another, or use --checkpoint pretrained for the weights that ship")
+        return run_path(name)
+    return next((run_path(name) for name in ("mnist", "generated") if run_exists(name)), PRETRAINED)
+
+
+def resolve(text: str, flag: str) -> Path:
+    """The checkpoint that a text names: "pretrained", a file, a folder of a run, or a run; raises UserError."""
+    if text.casefold() == RESERVED[0]:
+        return PRETRAINED
+    path = Path(os.path.expanduser(text))
+    for candidate in (path, path / LAST, run_path(text)):
+        if os.path.isfile(candidate):
+            return candidate
+    raise UserError(f"{flag} {text:.200}: there is no such checkpoint, nor a run of that name.{list_runs()} Name one "
+                    "of these, a file, or pretrained for the weights that ship")
+
+
+def results_folder(path: Path, digest: str) -> Path:
+    """Where results go: results/NAME for a run, results/shipped for the weights that ship, else results/FILE-DIGEST."""
+    if Path(os.path.realpath(path)) == PRETRAINED:
+        return Path("results", "shipped")
+    path = Path(os.path.abspath(path))
+    name = path.parent.name
+    if path == Path(os.path.abspath(run_path(name))) and name.casefold() not in RESERVED:
+        return Path("results", name)
+    stem = {LAST: name, PREVIOUS: f"{name}-previous"}.get(path.name, path.stem)
+    return Path("results", f"{stem[:100]}-{digest[:8]}")
+
+
+def keep_old(folder: Path, results: Path) -> None:
+    """Keeps what an earlier run left: its checkpoints in checkpoints/NAME/old1/, its results in results/NAME/old1/."""
+    set_aside([*folder.glob("last.*"), *folder.glob("previous.*")], folder)
+    set_aside([path for path in results.iterdir() if path.is_file()], results)

@@ -1,0 +1,203 @@
+"""Settings: parsed from flags, checked against the limits in config.py, and stored in a checkpoint.
+
+A knob that an older checkpoint lacks has its LEGACY value. Imports no torch, so that a wrong flag is answered at once.
+"""
+
+import contextlib
+import functools
+import io
+import json
+import re
+from dataclasses import asdict, fields, is_dataclass, replace
+from typing import Any, get_type_hints
+
+import tyro
+from pydantic import TypeAdapter, ValidationError
+
+from config import Config, ModelConfig, OnlyFor, SampleConfig, UserError
+
+EXAMPLES = """examples:
+  python run.py --minutes 10 --name mine              trains for ten minutes, then samples
+  python run.py --mode sample --name mine --digits 7  samples 256 sevens from that run"""
+PATTERNS = {"digits": "give classes, such as 7 or 0123456789, or none", "write": "give a number of 1 to 64 digits",
+            "name": "use up to 100 letters, digits, dots, dashes and underscores, not starting with a dot or dash",
+            "device": "use auto, cpu, mps, cuda or cuda:N"}
+ADAPTER = TypeAdapter(Config)
+GROUPS = {part.name: part.type for part in fields(Config) if is_dataclass(part.type)}
+KNOBS = {name: "" for name in Config.__dataclass_fields__ if name not in GROUPS} | {
+    name: group for group, kind in GROUPS.items() for name in kind.__dataclass_fields__}  # name -> group
+STORED = ("dataset", "seed", "precision", "model", "diffusion", "train")  # what a checkpoint keeps of its config
+# What the code did before a knob existed: its value for a checkpoint that lacks the knob, in place of the default.
+LEGACY = {"model": {}, "diffusion": {}, "train": {"clip_loss": False, "focus": 0.0}}
+CHANGEABLE_ON_RESUME = ("epochs", "minutes", "preview", "deterministic", "fresh", "same_code")
+# Which sampler has an option that not all have: knob -> sampler, as config.py marks it.
+SAMPLER_OF = {name: mark.sampler for name, kind in get_type_hints(SampleConfig, include_extras=True).items()
+              for mark in getattr(kind, "__metadata__", ()) if isinstance(mark, OnlyFor)}
+# How images are sampled; the other fields of SampleConfig say which images.
+SAMPLING = tuple(name for name in SampleConfig.__dataclass_fields__
+                 if name not in ("num_images", "digits", "write", "checkpoint"))
+RESERVED = ("pretrained", "shipped", "compare", "classifiers")  # folders of the project, not names for runs
+EXCLUSIVE = (("name", "checkpoint"), ("digits", "write"), ("num_images", "write"), ("epochs", "minutes"))  # one decides
+# Knobs whose edited defaults yield, to these values, if one of these flags is given.
+YIELDING = (("checkpoint", None, ("name", "dataset")), ("write", None, ("digits", "num_images")),
+            ("minutes", None, ("epochs",)),
+            *((name, getattr(SampleConfig, name), ("sampler",)) for name in SAMPLER_OF))
+# The modes that use a knob, or all knobs of a group; what is not listed, all modes use.
+USED_BY = {"model": ("train",), "diffusion": ("train",), "train": ("train",), "runs": ("compare",),
+           "name": ("train", "sample", "evaluate"), "write": ("sample",), "checkpoint": ("sample", "evaluate")}
+
+
+def parse(argv: list[str], defaults: Config | None = None) -> Config:
+    """Config from the flags; a knob without a flag has the default given here, else the one above.
+
+    Raises UserError for a bad flag and for one that the mode does not use, SystemExit(0) after --help.
+    """
+    box = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(box):
+            config = tyro.cli(tyro.conf.OmitArgPrefixes[tyro.conf.DisallowNone[Config]], args=argv, prog="run.py",
+                              description=Config.__doc__, default=defaults or Config())
+    except SystemExit as stop:
+        if stop.code == 0:  # --help
+            print(EXAMPLES)
+            raise
+        raise UserError(_one_line(box.getvalue())) from None
+    names = given(argv)
+    for name, other in EXCLUSIVE:
+        if name in names and other in names:
+            raise UserError(f"{_flag(name)}: it has no effect beside {_flag(other)}; leave one of the two out")
+    for name in names:
+        modes = USED_BY.get(name, USED_BY.get(KNOBS[name], (config.mode,)))
+        if config.mode not in modes:
+            stored_one = modes == ("train",) and name not in CHANGEABLE_ON_RESUME
+            why = ("the checkpoint's own settings decide it" if stored_one else
+                   f"it is for --mode {' and '.join(modes)}")
+            raise UserError(f"{_flag(name)}: --mode {config.mode} does not use it, since {why}; leave it out")
+    yielding: Any = {name: value for name, value, flags in YIELDING if name not in names and set(names) & set(flags)}
+    parts = {group: replace(getattr(config, group), **{
+        name: value for name, value in yielding.items() if KNOBS[name] == group}) for group in GROUPS}
+    return validate(replace(config, **parts))
+
+
+def given(argv: list[str]) -> list[str]:
+    """Names of the knobs whose flags are in argv; edited defaults are not flags."""
+    flags = {match[1].replace("-", "_") for word in argv if (match := re.match("--([a-z][a-z_-]*)(=|$)", word))}
+    return [name for name in KNOBS if name in flags or f"no_{name}" in flags]
+
+
+def validate(config: Config) -> Config:
+    """The config, each knob checked against its type and limits, and the rules between them; raises UserError."""
+    config = _checked(_plain(config))
+    model, sample = config.model, config.sample
+
+    def require(ok: bool, flag: str, value: Any, problem: str) -> None:
+        if not ok:
+            raise UserError(f"{flag} {_show(value)}: {problem}")
+
+    require(all(c % model.groups == 0 for c in model.channels), "--channels", model.channels,
+            f"GroupNorm can't divide them into {model.groups} groups; use multiples of it, or other --groups")
+    require(config.diffusion.schedule != "linear" or config.diffusion.timesteps > 20, "--timesteps",
+            config.diffusion.timesteps, "the linear schedule's last beta, 20 / T, reaches 1; use at least 21")
+    for name, sampler in SAMPLER_OF.items():
+        value = getattr(sample, name)
+        require(value == getattr(SampleConfig, name) or sample.sampler == sampler, _flag(name), value,
+                f"only {sampler} has it, not {sample.sampler}; leave it out, or add --sampler {sampler}")
+    low, high = sample.guidance_interval
+    require(low < high, "--guidance-interval", sample.guidance_interval, "the first has to be below the second")
+    require(sample.digits != "none" or sample.guidance in (1, SampleConfig.guidance), "--guidance", sample.guidance,
+            "guidance needs labels, and --digits none has none; leave one of the two out")
+    require(sample.guidance_interval == SampleConfig.guidance_interval or sample.guidance != 1 and
+            sample.digits != "none", "--guidance-interval", sample.guidance_interval, "nothing is guided; leave it out")
+    require((config.name or "").casefold() not in RESERVED, "--name", config.name,
+            "the project itself uses this name for a folder; choose another")
+    return config
+
+
+def stored(config: Config) -> dict[str, Any]:
+    """What a checkpoint keeps: the settings that decide training and the network, as plain values."""
+    return {name: value for name, value in _plain(config).items() if name in STORED}
+
+
+def training_settings(values: Any) -> tuple[Config, list[str]]:
+    """Inverse of `stored`: the config, and a list of the knobs that an older checkpoint lacks, with their values.
+
+    A missing knob has its LEGACY value, else its default. Raises UserError for anything but such settings.
+    """
+    saved, known = flat(values), flat(stored(Config()))
+    if unknown := sorted(saved.keys() - known.keys()):
+        raise UserError(f"it has settings that this version does not know ({', '.join(map(repr, unknown)):.200}): "
+                        "use the version that wrote it, or train again")
+    config = validate(_checked(values | {group: LEGACY[group] | values.get(group, {}) for group in LEGACY}))
+    now = flat(stored(config))
+    return config, [f"{name.replace('_', '-')} {_show(now[name])}" for name in known
+                    if name not in saved and name not in CHANGEABLE_ON_RESUME]
+
+
+def network_settings(values: Any) -> tuple[ModelConfig, str]:
+    """What sampling needs of stored settings: those of the network and the prediction type; raises UserError."""
+    flat(values)  # raises unless they are settings
+    network = LEGACY["model"] | values.get("model", {})
+    if unknown := sorted(network.keys() - ModelConfig.__dataclass_fields__.keys()):
+        raise UserError("its network has settings that this version does not know "
+                        f"({', '.join(map(repr, unknown)):.200}): use the version that wrote it, or train again")
+    prediction = values.get("diffusion", {}).get("prediction", "v")
+    config = validate(_checked({"model": network, "diffusion": {"prediction": prediction}}))
+    return config.model, config.diffusion.prediction
+
+
+def differences(before: dict[str, Any], now: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """The stored settings that decide training and differ: name, value before, value now."""
+    before, now = flat(before), flat(now)
+    return [(name.replace("_", "-"), _show(before.get(name, "unknown")), _show(now.get(name, "unknown")))
+            for name in {**before, **now} if name not in CHANGEABLE_ON_RESUME and before.get(name) != now.get(name)]
+
+
+def flat(values: Any) -> dict[str, Any]:
+    """Values by knob, without the groups, since all names differ. Raises UserError for anything but settings."""
+    if not isinstance(values, dict) or not all(isinstance(values.get(name, {}), dict) for name in GROUPS):
+        raise UserError("its settings are not as this project stores them; use another file, or train again")
+    inner = {name: value for group in GROUPS for name, value in values.get(group, {}).items()}
+    return {name: value for name, value in values.items() if name not in GROUPS} | inner
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _plain(config: Config) -> dict[str, Any]:
+    """Nested dict of the plain values that JSON has; inf stays."""
+    return json.loads(json.dumps(asdict(config), default=str))
+
+
+def _checked(values: dict[str, Any]) -> Config:
+    """A Config of plain values, checked strictly against its annotations: "3" is not a number, and True is not 1."""
+    try:
+        return ADAPTER.validate_json(json.dumps(values), strict=True)
+    except ValidationError as error:
+        first = error.errors()[0]
+        if first["type"] == "json_invalid":  # a file name with bytes that are not UTF-8
+            name, value = next((name, value) for name, value in flat(values).items()
+                               if re.search("[\ud800-\udfff]", json.dumps(value, ensure_ascii=False)))
+            raise UserError(f"{_flag(name)} {_show(value)}: this is not UTF-8 text; rename it") from None
+        names = [part for part in first["loc"] if isinstance(part, str)][:2 if first["loc"][0] in GROUPS else 1]
+        value = functools.reduce(lambda inner, name: inner[name], names, values)
+        problem = PATTERNS.get(names[-1], f"{first['msg'][:1].lower()}{first['msg'][1:]}; see python run.py --help")
+        raise UserError(f"{_flag(names[-1])} {_show(value)}: {problem}") from None
+
+
+def _show(value: Any) -> str:
+    text = " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+    return text if text and text.isprintable() and len(text) < 200 else f"{text!r:.200}"
+
+
+def _one_line(box: str) -> str:
+    """The message in tyro's box, which holds a title, the message and advice, between rules or, in ASCII, dashes."""
+    lines = [line.strip("│| ") for line in box.splitlines()[1:]]
+    text = "\n".join(line if set(line) - set("─-╰╯") else "" for line in lines).strip()
+    message, *advice = (" ".join(part.split()) for part in text.split("\n\n"))
+    message = message.rstrip(".")
+    options = re.findall("--(?!help)[a-z-]+", " ".join(advice))
+    if mode := re.fullmatch("Unrecognized options: (train|sample|evaluate|compare)", message):
+        return f"{message}. Perhaps you meant --mode {mode[1]}. See python run.py --help"
+    hint = f" Perhaps you meant {options[0]}." if message.startswith("Unrecognized") and options else ""
+    return f"{message}.{hint} See python run.py --help"

@@ -1,0 +1,1 @@
+"""How the network learns: the loop, the step, the state of a run, its log and the optimizer."""
