@@ -19,8 +19,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from support import settings
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from config import Config, UserError
@@ -28,6 +26,7 @@ from dataset import CLASSES, LabelledImages, to_uint8
 from evaluation.classifier import load_classifier
 from evaluation.reference import Reference
 from sample import choose_labels, make_request, sample_images
+from support import settings
 from support.runtime import Runtime
 from training.log import current_model
 from training.optimizer import learning_rate
