@@ -20,7 +20,7 @@ from common import HERE, Parser, run_script
 
 import dataset
 from config import UserError
-from evaluation.evaluate import require_its_images
+from evaluation.evaluate import require_training_images
 from evaluation.reference import make_reference, rows
 from sample import load_checkpoint, make_request, provenance, sample_images
 from support import loading, runtime, selection, settings
@@ -48,7 +48,8 @@ def main(argv: list[str]) -> None:
     with runtime.start(configs[0]) as here:
         config = selection.settle(configs[0], here)
         model, data = load_checkpoint(Path(str(config.sample.checkpoint)), here), loading.load_both(config, here)
-        require_its_images(model, images := dataset.describe(data[0], config.dataset), configs[0].dataset != "auto")
+        images = dataset.describe(data[0], config.dataset)
+        require_training_images(model, images, explicit=configs[0].dataset != "auto")
         reference = None
         for each in configs:
             requests = [make_request(model, each.sample, seed, each.sample.num_images or 10_000) for seed in seeds]
@@ -61,7 +62,7 @@ def main(argv: list[str]) -> None:
             if any({key: other.get(key) for key in row} == row for other in table):
                 continue
             sampled = torch.cat([sample_images(model, request, progress=True)[0] for request in requests])
-            found = rows(reference.measure(dataset.to_uint8(sampled), labels)[0], reference.baseline)
+            found = rows(reference.measure(dataset.to_uint8(sampled), labels).estimates, reference.baseline)
             table.append(row | {"evaluations": requests[0].evaluations} | {
                 f"{key}_{part}".removesuffix("_value"): n for key, one in found.items() for part, n in one.items()})
             writer = csv.DictWriter(text := io.StringIO(), list(dict.fromkeys(key for each in table for key in each)))
