@@ -126,11 +126,11 @@ def make_reference(train: LabelledImages, test: LabelledImages, images: int) -> 
 
 def measured(reference: Reference, images: Tensor, labels: Tensor) -> dict[str, float]:
     """Distances as multiples of the baseline, with errors, and shares, of uint8 images [N, 1, 28, 28]."""
-    found, _ = reference.measure(images, labels)
-    row = {key: round(found[key].value, 4) for key in ("mean_intensity", "confident", "label_accuracy")}
+    estimates = reference.measure(images, labels).estimates
+    row = {key: round(estimates[key].value, 4) for key in ("mean_intensity", "confident", "label_accuracy")}
     for key in ("class_frechet", "frechet", "texture"):
-        if key in found:
-            ratio, error = reference.baseline.ratio(key, found[key])
+        if key in estimates:
+            ratio, error = reference.baseline.ratio(key, estimates[key])
             row |= {key: round(ratio, 3), f"{key}_error": round(math.nan if error is None else error, 3)}
     return row
 

@@ -20,7 +20,7 @@ from common import HERE, Parser, run_script
 
 import dataset
 from config import UserError
-from evaluation.evaluate import require_its_images
+from evaluation.evaluate import require_training_images
 from evaluation.reference import make_reference, rows
 from sample import load_checkpoint, make_request, provenance, sample_images
 from support import loading, selection, settings
@@ -49,7 +49,8 @@ def main(argv: list[str]) -> None:
     with start(configs[0]) as runtime:
         config = selection.settle(configs[0], runtime)
         model, data = load_checkpoint(Path(str(config.sample.checkpoint)), runtime), loading.load_both(config, runtime)
-        require_its_images(model, images := dataset.describe(data[0], config.dataset), configs[0].dataset != "auto")
+        images = dataset.describe(data[0], config.dataset)
+        require_training_images(model, images, explicit=configs[0].dataset != "auto")
         reference = None
         for setting in configs:
             count = setting.sample.num_images or 10_000
@@ -63,7 +64,7 @@ def main(argv: list[str]) -> None:
             if any({key: line.get(key) for key in row} == row for line in table):
                 continue
             sampled = torch.cat([sample_images(model, request, progress=True)[0] for request in requests])
-            metrics = rows(reference.measure(dataset.to_uint8(sampled), labels)[0], reference.baseline)
+            metrics = rows(reference.measure(dataset.to_uint8(sampled), labels).estimates, reference.baseline)
             table.append(row | {"evaluations": requests[0].evaluations} | {
                 f"{key}_{part}".removesuffix("_value"): number
                 for key, metric in metrics.items() for part, number in metric.items()})

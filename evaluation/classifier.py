@@ -26,7 +26,7 @@ KEPT = Path("checkpoints") / "classifiers"  # of all other data
 CONFIDENT = 0.9  # probability of its likeliest class from which the classifier is confident of an image
 EPOCHS, BATCH, LR, SMOOTHING = 8, 128, 4e-3, 0.03  # of its training; smoothing of the labels makes it less confident
 ROTATION, SCALE, SHIFT, SHEAR = 12.0, 0.12, 2.0, 0.15  # largest change: degrees, share, pixels, share
-FEWEST = 200  # test images, by which it is measured itself
+FEWEST = 200  # test images, by which its accuracy is measured
 FEWEST_STEPS = 500  # of its training, however few the images are
 AVERAGE = 0.995  # decay of its averaged weights, warmed up
 
@@ -62,8 +62,8 @@ class Classifier(nn.Module):
 @torch.no_grad()
 def extract(classifier: Classifier, images: Tensor, batch: int = 500) -> tuple[Tensor, Tensor]:
     """Features float32 [N, 64] and class probabilities [N, 10] of uint8 images [N, 1, 28, 28], all on the CPU."""
-    found = [classifier(to_unit(chunk).to(memory_format=torch.channels_last)) for chunk in images.split(batch)]
-    features, logits = (torch.cat(parts) for parts in zip(*found))
+    outputs = [classifier(to_unit(chunk).to(memory_format=torch.channels_last)) for chunk in images.split(batch)]
+    features, logits = (torch.cat(parts) for parts in zip(*outputs))
     return features, logits.softmax(dim=1)
 
 
@@ -84,7 +84,7 @@ def load_classifier(path: Path = SHIPPED) -> Classifier:
     return classifier.to(memory_format=torch.channels_last).eval().requires_grad_(False)
 
 
-def own_classifier(name: str, digest: str, train: LabelledImages, test: LabelledImages) -> Classifier:
+def dataset_classifier(name: str, digest: str, train: LabelledImages, test: LabelledImages) -> Classifier:
     """The classifier of the data with that digest, trained once and kept; UserError below FEWEST test images."""
     path = KEPT / f"{name}-{digest}.safetensors"
     if not path.exists():
@@ -134,7 +134,7 @@ def train_classifier(images: Tensor, labels: Tensor, seed: int = 0, epochs: int 
 
 
 def augment(x: Tensor, random: torch.Generator) -> Tensor:
-    """Each of the images x [B, 1, 28, 28] in [-1, 1] rotated, scaled, sheared and shifted by its own random amounts."""
+    """Images x [B, 1, 28, 28] in [-1, 1], each rotated, scaled, sheared and shifted by other random amounts."""
     angle, wide, high, shear, right, down = torch.rand(6, len(x), generator=random) * 2 - 1  # each [B]
     cos, sin = (angle * math.radians(ROTATION)).cos(), (angle * math.radians(ROTATION)).sin()
     wide, high, shift = 1 + SCALE * wide, 1 + SCALE * high, SHIFT * 2 / 28

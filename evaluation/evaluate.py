@@ -13,8 +13,9 @@ from torch import Tensor
 from config import Config, UserError
 from dataset import CLASSES, class_name, describe, to_uint8
 from evaluation.metrics import nearest, share_closer
-from evaluation.reference import FEWEST, FEWEST_OF_CLASS, METRICS, Measured, Reference, make_reference, rows
-from evaluation.statistics import FEWEST_FOR_ERRORS, aligned
+from evaluation.reference import FEWEST, FEWEST_OF_CLASS, METRICS, Measurement, Reference, make_reference, rows
+from evaluation.statistics import FEWEST_FOR_ERRORS
+from evaluation.tables import aligned
 from sample import LoadedModel, SampleRequest, announce, load_checkpoint, make_request, provenance, sample_images
 from support import loading, plots, selection
 from support.files import make_folder, set_aside, write_atomically, write_results
@@ -26,17 +27,17 @@ REPORT = ("metrics.json", "evaluation.png", "neighbours.png")
 
 def main(config: Config, runtime: Runtime) -> None:
     """Measures a checkpoint and writes a table, a report and pictures to its results folder."""
-    asked = config.dataset
+    explicit = config.dataset != "auto"
     config = selection.settle(config, runtime)
     model = load_checkpoint(cast(Path, config.sample.checkpoint), runtime)
     request = make_request(model, config.sample, config.seed, image_count(config.sample.num_images, model))
     train, test = loading.load_both(config, runtime)
-    require_its_images(model, describe(train, config.dataset), explicit=asked != "auto")
+    require_training_images(model, describe(train, config.dataset), explicit=explicit)
     announce(model, request)
-    made: list[Reference] = []
-    runtime.on_rank0(lambda: made.append(make_reference(config, train, test, request.labels)))
+    references: list[Reference] = []  # the first process has one
+    runtime.on_rank0(lambda: references.append(make_reference(config, train, test, request.labels)))
     images = to_uint8(sample_images(model, request, progress=True)[0])
-    for path in runtime.on_rank0(lambda: report(images, model, request, made[0])):
+    for path in runtime.on_rank0(lambda: report(images, model, request, references[0])):
         runtime.say(f"  {path}")
 
 
@@ -53,16 +54,19 @@ def image_count(wanted: int | None, model: LoadedModel, fewest: int = FEWEST) ->
     return count
 
 
-def require_its_images(model: LoadedModel, found: dict[str, Any], explicit: bool) -> None:
-    """Checks that a model is measured on the images that it was trained on; another --dataset is only pointed out."""
-    if model.data.get("digest") == found["digest"]:
+def require_training_images(model: LoadedModel, data: dict[str, Any], *, explicit: bool) -> None:
+    """Checks that a model is measured on the images that it was trained on; another --dataset is only pointed out.
+
+    data: of the images to measure with (`describe`); explicit: --dataset was given.
+    """
+    if model.data.get("digest") == data["digest"]:
         return
-    theirs = model.data.get("name", "unknown images")
-    if not explicit or theirs == found["name"]:
-        raise UserError(f"--data-dir: these are not the images that {model.path} was trained on ({theirs}, digest "
-                        f"{model.data.get('digest')}, not {found['digest']}); name their folder, or another --dataset")
-    model.runtime.say(f"note: this checkpoint was trained on other images ({theirs}) than it is compared with "
-                      f"({found['name']}).")
+    trained_on = model.data.get("name", "unknown images")
+    if not explicit or trained_on == data["name"]:
+        raise UserError(f"--data-dir: these are not the images that {model.path} was trained on ({trained_on}, digest "
+                        f"{model.data.get('digest')}, not {data['digest']}); name their folder, or another --dataset")
+    model.runtime.say(f"note: this checkpoint was trained on other images ({trained_on}) than it is compared with "
+                      f"({data['name']}).")
 
 
 def report(images: Tensor, model: LoadedModel, request: SampleRequest, reference: Reference) -> list[Path]:
@@ -70,8 +74,8 @@ def report(images: Tensor, model: LoadedModel, request: SampleRequest, reference
 
     A report of other weights, settings or images that is there already is moved aside first.
     """
-    measured = found, details = reference.measure(images, request.labels)
-    (test_found, _), test_baseline = reference.test_set
+    measurement = reference.measure(images, request.labels)
+    test_measurement, test_baseline = reference.test_set
     neighbours = distances, _ = nearest(images, reference.train.images)
     test_distances, _ = nearest(reference.test_subset.images, reference.train.images)
     closer = share_closer(distances, test_distances)
@@ -79,13 +83,13 @@ def report(images: Tensor, model: LoadedModel, request: SampleRequest, reference
     identity = {"sampled_with": source, "images": len(images),
                 "compared_with": describe(reference.train, "")["digest"],
                 "classifier": reference.classifier and reference.classifier.digest}
-    content = {**identity, "metrics": rows(found, baseline), "baseline": rows(baseline.found),
-               "test_set": rows(test_found, test_baseline), "test_images": len(reference.test_subset),
+    content = {**identity, "metrics": rows(measurement.estimates, baseline), "baseline": rows(baseline.estimates),
+               "test_set": rows(test_measurement.estimates, test_baseline), "test_images": len(reference.test_subset),
                "class_distances": {k: {"value": value, "baseline": baseline.class_distances[k]}
-                                   for k, value in details.class_distances.items()},
+                                   for k, value in measurement.class_distances.items()},
                "closer_than_test": closer}
     print(table(content, len(baseline.sets)))
-    print(explain(measured, reference, closer, model.data.get("name", "")))
+    print(explain(measurement, reference, closer, model.data.get("name", "")))
     folder = make_folder(selection.results_folder(model.path, model.digest))
     if (old := keep_other_report(folder, identity)) is not None:
         print(f"The report of other settings or weights that was there is now in {old}.")
@@ -95,18 +99,18 @@ def report(images: Tensor, model: LoadedModel, request: SampleRequest, reference
         "neighbours.png": lambda path: save_neighbours(path, images, request.labels, neighbours, reference, source)}
     if reference.classifier is not None:
         writers["evaluation.png"] = lambda path: plots.save_evaluation(
-            path, pictured(measured, reference, distances, test_distances), source)
+            path, pictured(measurement, reference, distances, test_distances), source)
     return write_results(folder, writers)
 
 
 def keep_other_report(folder: Path, identity: dict[str, Any]) -> Path | None:
     """Moves a report aside unless it is of the same weights, settings and images; returns where it is now."""
-    before, there = None, [path for name in REPORT if (path := folder / name).exists()]
+    stored, files = None, [path for name in REPORT if (path := folder / name).exists()]
     with contextlib.suppress(OSError, ValueError):  # one that can't be read is kept as well
-        before = json.loads((folder / REPORT[0]).read_text("utf-8"))
-    if not there or isinstance(before, dict) and {key: before.get(key) for key in identity} == identity:
+        stored = json.loads((folder / REPORT[0]).read_text("utf-8"))
+    if not files or isinstance(stored, dict) and {key: stored.get(key) for key in identity} == identity:
         return None
-    return set_aside(there, folder)
+    return set_aside(files, folder)
 
 
 def table(content: dict[str, Any], sets: int) -> str:
@@ -131,20 +135,20 @@ def cell(row: dict[str, Any], part: str, form: str) -> str:
     return f"{value:.{digits}f}x" if error is None else f"{value:.{digits}f}±{error:.{digits}f}x"
 
 
-def explain(measured: Measured, reference: Reference, closer: float, data: str) -> str:
+def explain(measurement: Measurement, reference: Reference, closer: float, data: str) -> str:
     """What the table's numbers don't say by themselves."""
     baseline, classifier = reference.baseline, reference.classifier
     lines = ["Distances are to the training images: lower is closer. All else is best where the baseline is."]
     if len(baseline.labels) < FEWEST_FOR_ERRORS:
         lines.append(f"Errors need at least {FEWEST_FOR_ERRORS:,} images.")
-    if ratios := [(value / baseline.class_distances[k], k) for k, value in measured[1].class_distances.items()]:
+    if ratios := [(value / baseline.class_distances[k], k) for k, value in measurement.class_distances.items()]:
         (low, best), (high, worst) = min(ratios), max(ratios)
         lines.append(f"Class-wise distance: largest for {class_name(data, worst)} ({high:.1f}x its baseline), smallest "
                      f"for {class_name(data, best)} ({low:.1f}x).")
     elif classifier is not None:
         lines.append(f"A class-wise distance needs {FEWEST_OF_CLASS} samples with the label of a class, and {FEWEST} "
                      "real images of it outside each set of the baseline.")
-    (_, test), _ = reference.test_set
+    test, _ = reference.test_set
     if few := [class_name(data, k) for k in baseline.class_distances if k not in test.class_distances]:
         lines.append(f"Too few test images for a class-wise distance of class {', '.join(few)}.")
     copies = "COPIES: far more than of the test images" if closer > COPIES else "no sign of copying"
@@ -164,18 +168,20 @@ def save_neighbours(path: Path, images: Tensor, labels: Tensor, neighbours: tupl
                           source)
 
 
-def pictured(measured: Measured, reference: Reference, distances: Tensor, test_distances: Tensor) -> dict[str, Any]:
+def pictured(measurement: Measurement, reference: Reference, distances: Tensor,
+             test_distances: Tensor) -> dict[str, Any]:
     """What evaluation.png shows. Distances [N]: of sampled and of test images, to their nearest training images."""
     ratios = []
-    for (found, details), baseline in ((measured, reference.baseline), reference.test_set):
-        classes = {str(k): (value / baseline.class_distances[k], None) for k, value in details.class_distances.items()}
-        ratios.append({"all": baseline.ratio("frechet", found["frechet"]),
-                       "texture": baseline.ratio("texture", found["texture"]), **classes})
-    asked = torch.bincount(reference.baseline.labels, minlength=CLASSES).tolist()
-    counts = measured[1].class_counts
-    shown = [k for k in range(CLASSES) if asked[k] or counts[k]]
-    return {"classes": shown, "histogram": {"model": [counts[k] for k in shown], "asked": [asked[k] for k in shown]},
-            "ratios": ratios[0], "test_ratios": ratios[1],
-            "overlap": {name: {key: one.value for key, one in found.items()}
-                        for name, found in (("sampled", measured[0]), ("real vs real", reference.baseline.found))},
+    for images, baseline in ((measurement, reference.baseline), reference.test_set):
+        classes = {str(k): (value / baseline.class_distances[k], None) for k, value in images.class_distances.items()}
+        ratios.append({"all": baseline.ratio("frechet", images.estimates["frechet"]),
+                       "texture": baseline.ratio("texture", images.estimates["texture"]), **classes})
+    expected = torch.bincount(reference.baseline.labels, minlength=CLASSES).tolist()
+    counts = measurement.class_counts
+    shown = [k for k in range(CLASSES) if expected[k] or counts[k]]
+    overlap = {name: {key: estimate.value for key, estimate in images.estimates.items()}
+               for name, images in (("sampled", measurement), ("real vs real", reference.baseline))}
+    return {"classes": shown,
+            "histogram": {"model": [counts[k] for k in shown], "asked": [expected[k] for k in shown]},
+            "ratios": ratios[0], "test_ratios": ratios[1], "overlap": overlap,
             "neighbours": {"model": distances.numpy(), "test": test_distances.numpy()}}

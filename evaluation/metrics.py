@@ -20,8 +20,8 @@ class Moments:
     first: Tensor  # float64 [..., C, D]: sum of the features
     second: Tensor  # float64 [..., C, D, D]: sum of their products
 
-    def __sub__(self, other: "Moments") -> "Moments":
-        return Moments(self.count - other.count, self.first - other.first, self.second - other.second)
+    def __sub__(self, part: "Moments") -> "Moments":
+        return Moments(self.count - part.count, self.first - part.first, self.second - part.second)
 
     def sum(self) -> "Moments":
         """Over the first dimension."""
@@ -84,14 +84,14 @@ def texture_features(images: Tensor, batch: int = 1000) -> Tensor:
     their mean and mean square over the image. Grain on the background, blur and lost contrast all move them. The
     filters are fixed rather than random, so that figures compare across machines and versions.
     """
-    filters, found = texture_filters(), []
+    filters, features = texture_filters(), []
     for chunk in images.cpu().split(batch):
         pooled = []
         for dilation in (1, 2):
             strength = F.conv2d(chunk.float(), filters, dilation=dilation).abs().log1p()  # [B, 8, 26, 26], [.., 24, 24]
             pooled += [strength.mean(dim=(2, 3)), strength.square().mean(dim=(2, 3))]  # each [B, 8]
-        found.append(torch.cat(pooled, dim=1))
-    return torch.cat(found)
+        features.append(torch.cat(pooled, dim=1))
+    return torch.cat(features)
 
 
 def precision_recall_coverage(real: Tensor, real_radius: Tensor, fake: Tensor, fake_radius: Tensor,
@@ -115,7 +115,7 @@ def precision_recall_coverage(real: Tensor, real_radius: Tensor, fake: Tensor, f
 
 
 def radius(points: Tensor, k: int = 5, block: int = 1000) -> Tensor:
-    """Distance of each of the points [N, D], which are more than k, to its k-th nearest other one -> float64 [N]."""
+    """Distance of each of the points [N, D], which are more than k, to the k-th nearest of the others: float64 [N]."""
     points = points.double()
     nearest = [torch.cdist(chunk, points).topk(k + 1, largest=False).values[:, k] for chunk in points.split(block)]
     return torch.cat(nearest)  # the nearest of all is the point itself

@@ -16,7 +16,7 @@ from torch import Tensor
 from config import Config, UserError
 from dataset import CLASSES, MNIST_DIGEST, LabelledImages, describe
 from evaluation import metrics
-from evaluation.classifier import CONFIDENT, Classifier, extract, load_classifier, own_classifier
+from evaluation.classifier import CONFIDENT, Classifier, dataset_classifier, extract, load_classifier
 from evaluation.metrics import Moments
 from evaluation.statistics import BLOCK, FEWEST_BLOCKS, MOST_BLOCKS, jackknife_error
 from sample import choose_labels
@@ -51,48 +51,50 @@ OF_CLASSIFIER = (*OF_LABELS, "frechet", "confident")  # and, with OVERLAP, a cla
 
 
 @dataclass(frozen=True)
-class Measurement:
-    """One metric of one set of images."""
+class Estimate:
+    """The value of one metric."""
 
     value: float
     error: float | None = None  # standard error; of a baseline, the standard deviation over its sets
     replicates: Tensor | None = None  # float64 [B]: the value without each jackknife block
 
 
-class Details(NamedTuple):
-    """What else is known of one set of images."""
+Estimates = dict[str, Estimate]  # by the key of the metric
 
+
+class Measurement(NamedTuple):
+    """All that is measured of one set of images."""
+
+    estimates: Estimates
     class_distances: dict[int, float]  # class -> Fréchet distance to the training images of this class
     class_counts: list[int]  # images of each class, as the classifier reads them
-
-
-Measured = tuple[dict[str, Measurement], Details]
 
 
 class Baseline(NamedTuple):
     """Disjoint sets of real images with given labels, each measured against the real images outside it."""
 
     labels: Tensor  # int64 [N]
-    sets: list[Tensor]  # each: indices int64 [N] of training images
-    outside: list[dict[str, Moments]]  # moments of the features of all training images outside each set
-    found: dict[str, Measurement]  # means over the sets, and standard deviations
+    sets: list[Tensor]  # for each set the indices int64 [N] of its training images
+    outside: list[dict[str, Moments]]  # for each set the moments of all training images outside it, by features
+    estimates: Estimates  # means over the sets, and standard deviations
     class_distances: dict[int, float]
 
-    def ratio(self, key: str, measurement: Measurement) -> tuple[float, float | None]:
-        """A distance as a multiple of the baseline's, and its standard error, with the baseline's own included."""
-        base = self.found[key]
-        ratio = measurement.value / base.value
-        if measurement.error is None:
+    def ratio(self, key: str, estimate: Estimate) -> tuple[float, float | None]:
+        """A distance as a multiple of the baseline's, and its standard error, which includes the baseline's."""
+        baseline = self.estimates[key]
+        ratio = estimate.value / baseline.value
+        if estimate.error is None:
             return ratio, None
-        own, theirs = measurement.error / measurement.value, (base.error or 0.0) / base.value
-        return ratio, ratio * math.hypot(own, theirs / math.sqrt(len(self.sets)))
+        relative, relative_baseline = estimate.error / estimate.value, (baseline.error or 0.0) / baseline.value
+        return ratio, ratio * math.hypot(relative, relative_baseline / math.sqrt(len(self.sets)))
 
 
-def rows(found: dict[str, Measurement], baseline: Baseline | None = None) -> dict[str, Any]:
+def rows(estimates: Estimates, baseline: Baseline | None = None) -> dict[str, Any]:
     """What a report says of each metric; with a baseline, distances as multiples of it, too."""
-    ratios = {m.key: dict(zip(("ratio", "ratio_error"), baseline.ratio(m.key, found[m.key])))
-              for m in METRICS if baseline and m.distance and m.key in found}
-    return {key: {"value": one.value, "error": one.error} | ratios.get(key, {}) for key, one in found.items()}
+    ratios = {metric.key: dict(zip(("ratio", "ratio_error"), baseline.ratio(metric.key, estimates[metric.key])))
+              for metric in METRICS if baseline and metric.distance and metric.key in estimates}
+    return {key: {"value": estimate.value, "error": estimate.error} | ratios.get(key, {})
+            for key, estimate in estimates.items()}
 
 
 class Reference:
@@ -107,10 +109,10 @@ class Reference:
         self.train, test, self.classifier = train.to("cpu"), test.to("cpu"), classifier
         if int(labels.max()) == CLASSES:
             labels = choose_labels(None, 0, range(len(labels)), self.train.labels.unique().tolist())
-        asked, there = (torch.bincount(each, minlength=CLASSES) for each in (labels, test.labels))
-        places = [(test.labels == k).nonzero().flatten() for k in range(CLASSES)]
-        chosen = [own[torch.arange(n) * len(own) // max(1, n)]  # evenly spaced
-                  for own, n in zip(places, torch.minimum(asked, there).tolist())]
+        class_counts = torch.minimum(*(torch.bincount(k, minlength=CLASSES) for k in (labels, test.labels))).tolist()
+        class_indices = [(test.labels == k).nonzero().flatten() for k in range(CLASSES)]
+        chosen = [indices[torch.arange(count) * len(indices) // max(1, count)]  # evenly spaced
+                  for indices, count in zip(class_indices, class_counts)]
         self.test_subset = test[torch.cat(chosen).sort().values]
         if len(self.test_subset) < FEWEST_TEST:
             raise UserError(f"--digits: {len(self.test_subset)} test images of the classes that are sampled, and "
@@ -121,20 +123,20 @@ class Reference:
         self.mean_grey = grey / count.clamp(min=1)  # float64 [C]: of each class
         self.baseline = self._baseline(labels, overlap=classifier is not None)
 
-    def measure(self, images: Tensor, labels: Tensor) -> Measured:
+    def measure(self, images: Tensor, labels: Tensor) -> Measurement:
         """All metrics of uint8 images [N, 1, 28, 28] sampled for labels [N] (10: none)."""
         labelled = int(labels.max()) < CLASSES
         labels = labels if labelled else self.baseline.labels
         features = self._features(images, labels)
-        found, details = self._measured(features, labels, self.baseline.outside, labelled)
+        measurement = self._measure_features(features, labels, self.baseline.outside, labelled=labelled)
         if self.classifier is not None:
-            ours = features["features"], metrics.radius(features["features"])
-            for key, share in zip(OVERLAP, metrics.precision_recall_coverage(*self.manifolds[0], *ours)):
-                found[key] = Measurement(share, self.baseline.found[key].error)
-        return found, details
+            sampled = features["features"], metrics.radius(features["features"])
+            for key, share in zip(OVERLAP, metrics.precision_recall_coverage(*self.manifolds[0], *sampled)):
+                measurement.estimates[key] = Estimate(share, self.baseline.estimates[key].error)
+        return measurement
 
     @cached_property
-    def test_set(self) -> tuple[Measured, Baseline]:
+    def test_set(self) -> tuple[Measurement, Baseline]:
         """The test set, with as many images of each class as are asked for or exist, and the baseline for just these.
 
         Other people wrote it: no model that learns the training set can come closer to it than that.
@@ -142,60 +144,67 @@ class Reference:
         labels = self.test_subset.labels
         same = torch.equal(labels.sort().values, self.baseline.labels.sort().values)
         baseline = self.baseline if same else self._baseline(labels, overlap=False)
-        return self._measured(self._features(self.test_subset.images, labels), labels, baseline.outside), baseline
+        features = self._features(self.test_subset.images, labels)
+        return self._measure_features(features, labels, baseline.outside), baseline
 
-    def _baseline(self, labels: Tensor, overlap: bool) -> Baseline:
+    def _baseline(self, labels: Tensor, *, overlap: bool) -> Baseline:
         sets = baseline_sets(self.train.labels, labels)
-        chosen = [{key: part[one] for key, part in self.features.items()} for one in sets]
-        own = [self._moments(part, labels) for part in chosen]
-        outside = [{key: (self.moments[key] - part[key]).sum() for key in part} for part in own]
-        measured = [self._measured(part, labels, [rest]) for part, rest in zip(chosen, outside)]
-        columns: dict[str, Any] = {key: [found[key].value for found, _ in measured] for key in measured[0][0]}
+        set_features = [{key: values[indices] for key, values in self.features.items()} for indices in sets]
+        set_moments = [self._moments(features, labels) for features in set_features]
+        outside = [{key: (self.moments[key] - inside[key]).sum() for key in inside} for inside in set_moments]
+        measurements = [self._measure_features(features, labels, [rest])
+                        for features, rest in zip(set_features, outside)]
+        values: dict[str, Any] = {key: [measurement.estimates[key].value for measurement in measurements]
+                                  for key in measurements[0].estimates}
         if overlap:  # of each set with the next
-            self.manifolds = [(part["features"], metrics.radius(part["features"])) for part in chosen]
+            self.manifolds = [(features["features"], metrics.radius(features["features"])) for features in set_features]
             shares = [metrics.precision_recall_coverage(*real, *fake)
                       for real, fake in zip([*self.manifolds[1:], self.manifolds[0]], self.manifolds)]
-            columns |= zip(OVERLAP, zip(*shares))
-        found = {key: Measurement(fmean(column), stdev(column)) for key, column in columns.items()}
-        distances = [details.class_distances for _, details in measured]
-        return Baseline(labels, sets, outside, found, {k: fmean(each[k] for each in distances) for k in distances[0]})
+            values |= zip(OVERLAP, zip(*shares))
+        estimates = {key: Estimate(fmean(column), stdev(column)) for key, column in values.items()}
+        class_distances = {k: fmean(measurement.class_distances[k] for measurement in measurements)
+                           for k in measurements[0].class_distances}
+        return Baseline(labels, sets, outside, estimates, class_distances)
 
-    def _measured(self, features: dict[str, Tensor], labels: Tensor, references: list[dict[str, Moments]],
-                  labelled: bool = True) -> Measured:  # False: sampled without labels
-        """All metrics that follow from features, as means over the references, with jackknife errors."""
+    def _measure_features(self, features: dict[str, Tensor], labels: Tensor, references: list[dict[str, Moments]], *,
+                          labelled: bool = True) -> Measurement:
+        """All metrics that follow from features, as means over the references, with jackknife errors.
+
+        labelled: whether the images were sampled for these labels.
+        """
         missing = OF_CLASSIFIER if self.classifier is None else () if labelled else OF_LABELS
         counts = torch.bincount(labels, minlength=CLASSES).double()
-        real = torch.stack([reference["features"].count for reference in references]).amin(0)
-        classes = ((counts >= FEWEST_OF_CLASS) & (real >= FEWEST)).nonzero().flatten()
+        real_counts = torch.stack([reference["features"].count for reference in references]).amin(0)
+        classes = ((counts >= FEWEST_OF_CLASS) & (real_counts >= FEWEST)).nonzero().flatten()
         blocks = min(MOST_BLOCKS, len(labels) // BLOCK)
-        by_block = self._moments(features, labels, max(1, blocks))
-        everything = {key: part.sum() for key, part in by_block.items()}
-        values, distances = self._values(everything, counts, classes, references)
-        found = {key: Measurement(value.item()) for key, value in values.items()
-                 if key not in missing and not value.isnan()}
+        block_moments = self._moments(features, labels, max(1, blocks))
+        moments = {key: parts.sum() for key, parts in block_moments.items()}
+        values, distances = self._metrics_of_moments(moments, counts, classes, references)
+        estimates = {key: Estimate(value.item()) for key, value in values.items()
+                     if key not in missing and not value.isnan()}
         if blocks >= FEWEST_BLOCKS:
-            without = {key: everything[key] - part for key, part in by_block.items()}
-            replicates, _ = self._values(without, counts, classes, references)
-            found = {key: Measurement(one.value, jackknife_error(replicates[key]), replicates[key])
-                     for key, one in found.items()}
+            without_block = {key: moments[key] - parts for key, parts in block_moments.items()}
+            replicates, _ = self._metrics_of_moments(without_block, counts, classes, references)
+            estimates = {key: Estimate(estimate.value, jackknife_error(replicates[key]), replicates[key])
+                         for key, estimate in estimates.items()}
         class_counts = torch.bincount(features["probabilities"].argmax(1), minlength=CLASSES).tolist()
-        return found, Details({} if missing else dict(zip(classes.tolist(), distances.tolist())), class_counts)
+        return Measurement(estimates, {} if missing else dict(zip(classes.tolist(), distances.tolist())), class_counts)
 
-    def _values(self, moments: dict[str, Moments], counts: Tensor, classes: Tensor,
-                references: list[dict[str, Moments]]) -> tuple[dict[str, Tensor], Tensor]:
+    def _metrics_of_moments(self, moments: dict[str, Moments], counts: Tensor, classes: Tensor,
+                            references: list[dict[str, Moments]]) -> tuple[dict[str, Tensor], Tensor]:
         """Metrics [...] from moments [...], and the distances [..., K] within these classes [K].
 
         The references are weighted to the class shares of the labels, so that no distance is due to those.
         """
-        def distance(ours: Any, theirs: list[Any]) -> Tensor:  # of means and covariances
-            return torch.stack([metrics.frechet_from_moments(*ours, *real) for real in theirs]).mean(0)
+        def distance(sampled: Any, real: list[Any]) -> Tensor:  # of means and covariances
+            return torch.stack([metrics.frechet_from_moments(*sampled, *reference) for reference in real]).mean(0)
 
-        found = {name: distance(moments[key].together(), [reference[key].together(counts) for reference in references])
-                 for name, key in (("frechet", "features"), ("texture", "texture"))}
+        values = {name: distance(moments[key].together(), [reference[key].together(counts) for reference in references])
+                  for name, key in (("frechet", "features"), ("texture", "texture"))}
         within = distance(moments["features"].of(classes), [real["features"].of(classes) for real in references])
         count, shares = moments["shares"].count, dict(zip(SHARES, moments["shares"].together()[0].unbind(-1)))
         intensity = shares.pop("grey") / (count @ self.mean_grey / count.sum(-1))
-        return found | shares | {"class_frechet": within.mean(-1), "mean_intensity": intensity}, within
+        return values | shares | {"class_frechet": within.mean(-1), "mean_intensity": intensity}, within
 
     def _features(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """What the metrics need of each image, by name: [N, ...]."""
@@ -225,7 +234,7 @@ def make_reference(config: Config, train: LabelledImages, test: LabelledImages, 
     if config.dataset == "generated" or digest == MNIST_DIGEST:
         classifier = load_classifier()
     elif len(train.labels.unique()) > 1:
-        classifier = own_classifier(config.dataset, digest, train.to("cpu"), test.to("cpu"))
+        classifier = dataset_classifier(config.dataset, digest, train.to("cpu"), test.to("cpu"))
     else:
         print("These images are all of one class: no classifier can be trained, so metrics that need one are left out.")
     return Reference(train, test, labels, classifier)
@@ -236,19 +245,19 @@ def baseline_sets(real: Tensor, labels: Tensor) -> list[Tensor]:
 
     They leave at least N of the real images [M] outside each. Raises UserError where there are not even two.
     """
-    wanted, there = (torch.bincount(x, minlength=CLASSES) for x in (labels, real))
-    asked = wanted > 0
-    count = min(SETS, int((there[asked] // wanted[asked]).min()))
+    wanted, available = (torch.bincount(classes, minlength=CLASSES) for classes in (labels, real))
+    sampled = wanted > 0
+    count = min(SETS, int((available[sampled] // wanted[sampled]).min()))
     if count < 2 or len(real) < 2 * len(labels):
-        share = int((there[asked] * len(labels) // (2 * wanted[asked])).min())  # images of which two sets would do
+        share = int((available[sampled] * len(labels) // (2 * wanted[sampled])).min())  # of which two sets would do
         most = min(share, len(real) // 2) // BLOCK * BLOCK
         advice = f"use at most {most}" if most >= FEWEST else "no number of images works for these"
         raise UserError(f"--num-images {len(labels)}: too few real images for a baseline, two disjoint sets of as many "
                         f"with the same labels; {advice}")
     sets = [torch.empty_like(labels) for _ in range(count)]
-    for k in asked.nonzero().flatten().tolist():
-        own = (real == k).nonzero().flatten()
-        own = own[torch.randperm(len(own), generator=generator("cpu", BASELINE_STREAM, k))]
-        for chosen, part in zip(sets, own.split(int(wanted[k]))):
+    for k in sampled.nonzero().flatten().tolist():
+        indices = (real == k).nonzero().flatten()
+        indices = indices[torch.randperm(len(indices), generator=generator("cpu", BASELINE_STREAM, k))]
+        for chosen, part in zip(sets, indices.split(int(wanted[k]))):
             chosen[labels == k] = part
     return sets

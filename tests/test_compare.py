@@ -14,15 +14,14 @@ from PIL import Image
 
 from evaluation import compare
 from evaluation.compare import (
-    Difference,
     Side,
     conclusion,
-    differences,
     load_side,
     results_folder,
     settings_differences,
 )
-from evaluation.reference import METRICS, OVERLAP, Baseline, Measurement
+from evaluation.differences import Difference, compare_networks, compare_trainings
+from evaluation.reference import METRICS, OVERLAP, Baseline, Estimate, Estimates
 from evaluation.statistics import between_trainings, jackknife_error, student_quantile
 from run import main
 from support import settings
@@ -150,27 +149,24 @@ def test_the_folder_follows_from_the_two_sides(two: list[str]) -> None:
 # Differences
 
 
-def row(blocks: int = 20, **values: float) -> dict[str, Measurement]:
+def row(blocks: int = 20, **values: float) -> Estimates:
     """Measurements whose replicates, where there are any, scatter in a fixed way, by 0.01 each."""
     noise = torch.linspace(-1, 1, blocks, dtype=torch.float64) * 0.01
-    return {key: Measurement(value, 0.01, None if key in OVERLAP else value + noise) for key, value in values.items()}
+    return {key: Estimate(value, 0.01, None if key in OVERLAP else value + noise) for key, value in values.items()}
 
 
-def scattered(seed: int, size: float, **values: float) -> dict[str, Measurement]:
+def scattered(seed: int, size: float, **values: float) -> Estimates:
     noise = torch.randn(20, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * size
-    return {key: dataclasses.replace(one, replicates=one.replicates + noise) for key, one in row(**values).items()}
+    return {key: dataclasses.replace(estimate, replicates=estimate.replicates + noise)
+            for key, estimate in row(**values).items()}
 
 
 BASELINE = Baseline(torch.zeros(2000), [torch.zeros(0)] * 5, [], row(**{metric.key: 0.9 for metric in METRICS}), {})
 
 
-def difference(a: list[dict[str, Measurement]], b: list[dict[str, Measurement]]) -> Difference:
-    found, = differences(a, b, BASELINE)
-    return found
-
-
-def is_significant(each: Difference) -> bool:
-    return not each.low <= 0 <= each.high
+def difference(a: list[Estimates], b: list[Estimates]) -> Difference:
+    single, = compare_networks(a[0], b[0], BASELINE) if len(a) == len(b) == 1 else compare_trainings(a, b)
+    return single
 
 
 def test_one_network_a_side_is_paired_block_by_block() -> None:
@@ -180,17 +176,17 @@ def test_one_network_a_side_is_paired_block_by_block() -> None:
     b = scattered(1, 1e-4, class_frechet=0.29)  # each without its block moves with the other, so little noise is left
     found = difference([a], [b])
     error = jackknife_error(b["class_frechet"].replicates - a["class_frechet"].replicates)
-    assert found.change == pytest.approx(0.29 / 0.30 - 1) and is_significant(found)
+    assert found.change == pytest.approx(0.29 / 0.30 - 1) and found.significant
     assert (found.high - found.low) / 2 == pytest.approx(student_quantile(19) * error / 0.30)
     assert (found.high + found.low) / 2 == pytest.approx(found.change)
     flipped = {key: dataclasses.replace(one, replicates=one.replicates.flip(0)) for key, one in b.items()}
-    assert not is_significant(difference([a], [flipped]))
+    assert not difference([a], [flipped]).significant
 
 
 def test_changes_of_distances_are_relative_and_of_shares_absolute() -> None:
     keys = ("class_frechet", "confident", "precision")
     a, b = (row(**dict(zip(keys, values))) for values in ((0.2, 0.90, 0.93), (0.3, 0.95, 0.91)))
-    found = {each.metric.key: each for each in differences([a], [b], BASELINE)}
+    found = {each.metric.key: each for each in compare_networks(a, b, BASELINE)}
     changes = {key: each.change for key, each in found.items()}
     assert changes == pytest.approx({"class_frechet": 0.5, "confident": 0.05, "precision": -0.02})
     assert found["class_frechet"].show(0.5) == "+50.0%" and found["confident"].show(0.05) == "+5.00 pt"
@@ -202,8 +198,8 @@ def test_several_trainings_a_side_are_compared_by_the_spread_between_them() -> N
     a, b = ([row(class_frechet=value) for value in values] for values in ((0.30, 0.33, 0.31, 0.36), (0.20, 0.26, 0.22)))
     found = difference(a, b)
     logs = [[math.log(one["class_frechet"].value) for one in side] for side in (a, b)]
-    error, freedom = between_trainings(logs, "class_frechet")
-    half, change = student_quantile(freedom) * error, fmean(logs[1]) - fmean(logs[0])
+    error, dof = between_trainings(logs, "class_frechet")
+    half, change = student_quantile(dof) * error, fmean(logs[1]) - fmean(logs[0])
     assert found.a == pytest.approx(math.exp(fmean(logs[0]))) and found.change == pytest.approx(found.b / found.a - 1)
     assert [found.low, found.high] == pytest.approx([math.expm1(change - half), math.expm1(change + half)])
     absolute = difference([row(confident=0.9), row(confident=0.92)], [row(confident=0.95)])
@@ -217,7 +213,8 @@ def says(two: list[str], a: str, b: str, values: tuple[list[float], list[float]]
     config = settings.parse(two)
     sides = [load_side(text, config, CPU) for text in (a, b)]
     measured = [[scattered(i, 1e-4, class_frechet=value) for i, value in enumerate(side)] for side in values]
-    return conclusion(sides, differences(*measured, BASELINE))
+    single = difference(*measured)
+    return conclusion(sides, [single])
 
 
 def test_the_conclusion_says_the_verdict_the_rule_and_what_it_is_about(two: list[str]) -> None:
@@ -236,8 +233,8 @@ def test_several_trainings_are_told_which_change_they_would_find(two: list[str])
     save_network(Path("checkpoints/four/last.safetensors"), 3)
     values = ([0.30, 0.33], [0.29, 0.31])
     said = says(two, "one,two", "three,four", values)
-    error, freedom = between_trainings([[*map(math.log, side)] for side in values], "class_frechet")
-    found = math.expm1((student_quantile(freedom) + student_quantile(freedom, 0.6)) * error)
+    error, dof = between_trainings([[*map(math.log, side)] for side in values], "class_frechet")
+    found = math.expm1((student_quantile(dof) + student_quantile(dof, 0.6)) * error)
     assert "no significant difference" in said and "9 degrees of freedom" in said
     assert f"Four of five such comparisons find a true difference of {found:.0%}." in said
 

@@ -366,7 +366,7 @@ def test_an_apple_gpu_trains_logs_samples_and_evaluates(own_folder: Path, monkey
     """Both modes as they are, with a pretended device and the classifier of MNIST instead of one trained for it."""
     monkeypatch.setattr(plots, "save_losses", nothing)
     monkeypatch.setattr(training.log, "PREVIEW_STEPS", 1)
-    monkeypatch.setattr(reference, "own_classifier", lambda *_: load_classifier())
+    monkeypatch.setattr(reference, "dataset_classifier", lambda *_: load_classifier())
     data = ["--data-dir", str(write_set(own_folder / "data", train=600, test=100)), "--steps", "2"]
     runtime = Runtime(MPS, bf16=False, compile=False)
     with pretended_mps():

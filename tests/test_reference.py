@@ -9,7 +9,7 @@ from torch import Tensor
 from config import UserError
 from evaluation.classifier import load_classifier
 from evaluation.metrics import nearest, share_closer
-from evaluation.reference import Measured, Reference, baseline_sets
+from evaluation.reference import Measurement, Reference, baseline_sets
 from evaluation.statistics import jackknife_error
 from sample import choose_labels
 from tests.conftest import frechet_distance
@@ -40,7 +40,7 @@ def same_labels(labels: Tensor) -> Tensor:
 
 
 @pytest.fixture(scope="module")
-def real(reference: Reference) -> Measured:
+def real(reference: Reference) -> Measurement:
     """Real images, as many of each class as are asked for."""
     return reference.measure(same_labels(reference.baseline.labels), reference.baseline.labels)
 
@@ -68,81 +68,82 @@ def test_too_few_real_images_are_named_with_a_number_that_works() -> None:
         baseline_sets(there, torch.full((200,), 1))
 
 
-def test_distances_are_to_the_images_outside_each_set(reference: Reference, real: Measured) -> None:
+def test_distances_are_to_the_images_outside_each_set(reference: Reference, real: Measurement) -> None:
     """By hand; the labels' shares are those of the training images, so no weights are needed."""
-    (found, details), labels = real, reference.baseline.labels
-    ours = reference._features(same_labels(labels), labels)
+    labels = reference.baseline.labels
+    sampled = reference._features(same_labels(labels), labels)
     everything = torch.ones(len(TRAIN), dtype=torch.bool)
     by_class: dict[int, list[float]] = {k: [] for k in range(10)}
     for chosen in reference.baseline.sets:
         rest = everything.index_fill(0, chosen, False)
         for k in by_class:
-            theirs = reference.features["features"][rest & (TRAIN.labels == k)]
-            by_class[k].append(frechet_distance(ours["features"][labels == k], theirs))
-    assert details.class_distances == pytest.approx({k: fmean(each) for k, each in by_class.items()}, rel=1e-6)
-    assert found["class_frechet"].value == pytest.approx(fmean(details.class_distances.values()))
-    read, asked = torch.tensor(details.class_counts), torch.bincount(labels, minlength=10)
-    assert read.sum() == COUNT and (read - asked).abs().sum() < 0.05 * COUNT
-    direct = fmean([frechet_distance(ours["texture"], reference.features["texture"][
+            real_features = reference.features["features"][rest & (TRAIN.labels == k)]
+            by_class[k].append(frechet_distance(sampled["features"][labels == k], real_features))
+    assert real.class_distances == pytest.approx({k: fmean(values) for k, values in by_class.items()}, rel=1e-6)
+    assert real.estimates["class_frechet"].value == pytest.approx(fmean(real.class_distances.values()))
+    read, expected = torch.tensor(real.class_counts), torch.bincount(labels, minlength=10)
+    assert read.sum() == COUNT and (read - expected).abs().sum() < 0.05 * COUNT
+    direct = fmean([frechet_distance(sampled["texture"], reference.features["texture"][
         everything.index_fill(0, chosen, False)]) for chosen in reference.baseline.sets])
-    assert found["texture"].value == pytest.approx(direct, rel=0.01)
+    assert real.estimates["texture"].value == pytest.approx(direct, rel=0.01)
 
 
 def test_class_shares_alone_make_no_distance() -> None:
     """Real sevens only are as far as the baseline of sevens is, not as far as sevens are from all digits."""
     sevens = torch.full((100,), 7)
-    own = Reference(TRAIN[torch.arange(3100)], GENERATED["test"], sevens, load_classifier())
-    found, details = own.measure(REST.images[REST.labels == 7][:100], sevens)
-    base = own.baseline.found["frechet"].value
-    assert base == pytest.approx(own.baseline.found["class_frechet"].value, rel=0.02)
-    assert found["frechet"].value < 2 * base and details.class_distances.keys() == {7}
+    reference = Reference(TRAIN[torch.arange(3100)], GENERATED["test"], sevens, load_classifier())
+    measurement = reference.measure(REST.images[REST.labels == 7][:100], sevens)
+    base = reference.baseline.estimates["frechet"].value
+    assert base == pytest.approx(reference.baseline.estimates["class_frechet"].value, rel=0.02)
+    assert measurement.estimates["frechet"].value < 2 * base and measurement.class_distances.keys() == {7}
 
 
-def test_real_against_real_is_the_baseline_within_its_error(reference: Reference, real: Measured) -> None:
-    found, base = real[0], reference.baseline
+def test_real_against_real_is_the_baseline_within_its_error(reference: Reference, real: Measurement) -> None:
+    estimates, base = real.estimates, reference.baseline
     for key in ("class_frechet", "frechet", "texture"):
-        ratio, error = base.ratio(key, found[key])
+        ratio, error = base.ratio(key, estimates[key])
         assert error is not None and abs(ratio - 1) < 3 * error and ratio < (3 if key == "texture" else 2)
-    assert found["mean_intensity"].value == pytest.approx(1, abs=4 * (found["mean_intensity"].error or 0))
+    intensity = estimates["mean_intensity"]
+    assert intensity.value == pytest.approx(1, abs=4 * (intensity.error or 0))
     for key in ("precision", "recall", "coverage"):
-        assert found[key].value == pytest.approx(base.found[key].value, abs=0.05)
+        assert estimates[key].value == pytest.approx(base.estimates[key].value, abs=0.05)
     noise = torch.randint(0, 256, (COUNT, 1, 28, 28), generator=torch.Generator().manual_seed(0)).byte()
-    static, _ = reference.measure(noise, base.labels)
-    assert static["frechet"].value > 100 * found["frechet"].value and static["coverage"].value < 0.1
+    static = reference.measure(noise, base.labels).estimates
+    assert static["frechet"].value > 100 * estimates["frechet"].value and static["coverage"].value < 0.1
 
 
 # The test set
 
 
-@pytest.mark.parametrize("count, there", [(1000, 2000), (2000, 1000)])
-def test_the_test_set_has_a_baseline_of_its_own_class_counts(count: int, there: int) -> None:
+@pytest.mark.parametrize("count, available", [(1000, 2000), (2000, 1000)])
+def test_the_test_set_has_a_baseline_of_its_own_class_counts(count: int, available: int) -> None:
     """Where test images come from the same source as the training images, they lie at the baseline for any count.
 
     The distance of N images is biased by about 1/N, so all of the test images, divided by the baseline of `count`
     images, look nearer or further than they are.
     """
-    test = REST[torch.arange(there)]
-    reference = Reference(TRAIN[torch.arange(4000)], test, equal_labels(count), load_classifier())
-    (found, _), baseline = reference.test_set
+    images = REST[torch.arange(available)]
+    reference = Reference(TRAIN[torch.arange(4000)], images, equal_labels(count), load_classifier())
+    test, baseline = reference.test_set
     labels = reference.test_subset.labels
-    assert torch.bincount(labels).tolist() == [min(count, there) // 10] * 10
+    assert torch.bincount(labels).tolist() == [min(count, available) // 10] * 10
     assert torch.equal(torch.bincount(baseline.labels), torch.bincount(labels))
     for key in ("class_frechet", "frechet"):
-        assert baseline.ratio(key, found[key])[0] == pytest.approx(1, abs=0.25)
-    everything, _ = reference.measure(test.images, test.labels)
+        assert baseline.ratio(key, test.estimates[key])[0] == pytest.approx(1, abs=0.25)
+    everything = reference.measure(images.images, images.labels).estimates
     ratio, _ = reference.baseline.ratio("frechet", everything["frechet"])
-    assert ratio < 0.7 if count < there else ratio > 1.3
+    assert ratio < 0.7 if count < available else ratio > 1.3
 
 
 def test_a_class_of_few_test_images_is_taken_whole_and_has_a_baseline_of_so_few() -> None:
     kept = torch.cat([(REST.labels == k).nonzero().flatten()[:30 if k == 3 else 200] for k in range(10)])
     reference = Reference(TRAIN[torch.arange(4000)], REST[kept], equal_labels(1500), load_classifier())
-    (found, details), baseline = reference.test_set
+    test, baseline = reference.test_set
     counts = [30 if k == 3 else 150 for k in range(10)]
     assert torch.bincount(baseline.labels).tolist() == counts and baseline is not reference.baseline
-    assert 3 not in details.class_distances and len(details.class_distances) == 9
+    assert 3 not in test.class_distances and len(test.class_distances) == 9
     for key in ("class_frechet", "frechet"):
-        assert baseline.ratio(key, found[key])[0] == pytest.approx(1, abs=0.25)
+        assert baseline.ratio(key, test.estimates[key])[0] == pytest.approx(1, abs=0.25)
 
 
 def test_the_test_images_that_are_taken_are_spread_over_all_of_them() -> None:
@@ -164,8 +165,8 @@ def test_a_copier_is_caught(reference: Reference) -> None:
     images = TRAIN.images[base.sets[0]].int()
     noise = torch.randint(-6, 7, images.shape, generator=torch.Generator().manual_seed(0))
     copies = (images + noise).clamp(0, 255).byte()
-    found, _ = reference.measure(copies, base.labels)
-    assert found["class_frechet"].value < 2 * base.found["class_frechet"].value
+    estimates = reference.measure(copies, base.labels).estimates
+    assert estimates["class_frechet"].value < 2 * base.estimates["class_frechet"].value
     (distances, indices), (others, _) = (nearest(each, TRAIN.images) for each in (copies, reference.test_subset.images))
     assert torch.equal(indices, base.sets[0]) and share_closer(distances, others) > 0.9
     assert distances.median() < 0.5 * others.median()
@@ -174,37 +175,37 @@ def test_a_copier_is_caught(reference: Reference) -> None:
 def test_intensity_and_labels_that_were_not_asked_for(reference: Reference) -> None:
     base = reference.baseline
     images = same_labels(base.labels)
-    pale, _ = reference.measure((images.float() * 0.9).byte(), base.labels)
+    pale = reference.measure((images.float() * 0.9).byte(), base.labels).estimates
     assert pale["mean_intensity"].value == pytest.approx(0.9, abs=0.02)
-    shifted, _ = reference.measure(images, (base.labels + 1) % 10)
+    shifted = reference.measure(images, (base.labels + 1) % 10).estimates
     assert shifted["label_accuracy"].value < 0.05
-    assert shifted["class_frechet"].value > 10 * base.found["class_frechet"].value
-    free, details = reference.measure(images, torch.full((COUNT,), 10))
-    assert not {"class_frechet", "label_accuracy"} & free.keys() and not details.class_distances
-    assert abs(base.ratio("frechet", free["frechet"])[0] - 1) < 1
+    assert shifted["class_frechet"].value > 10 * base.estimates["class_frechet"].value
+    unlabelled = reference.measure(images, torch.full((COUNT,), 10))
+    assert not {"class_frechet", "label_accuracy"} & unlabelled.estimates.keys() and not unlabelled.class_distances
+    assert abs(base.ratio("frechet", unlabelled.estimates["frechet"])[0] - 1) < 1
 
 
 def test_without_labels_the_baseline_has_each_class_equally_often() -> None:
     kept = TRAIN.labels != 4
-    own = Reference(TRAIN[kept], GENERATED["test"], torch.full((900,), 10), None)
-    assert torch.bincount(own.baseline.labels, minlength=10).tolist() == [100] * 4 + [0] + [100] * 5
+    reference = Reference(TRAIN[kept], GENERATED["test"], torch.full((900,), 10), None)
+    assert torch.bincount(reference.baseline.labels, minlength=10).tolist() == [100] * 4 + [0] + [100] * 5
 
 
 # Errors
 
 
-def test_a_replicate_is_the_value_without_its_block(reference: Reference, real: Measured) -> None:
-    found, labels = real[0], reference.baseline.labels
+def test_a_replicate_is_the_value_without_its_block(reference: Reference, real: Measurement) -> None:
+    estimates, labels = real.estimates, reference.baseline.labels
     kept = torch.arange(COUNT) // 100 != 13
     rest = reference._features(same_labels(labels)[kept], labels[kept])
     sums = {key: part.sum() for key, part in reference._moments(rest, labels[kept]).items()}
     counts = torch.bincount(labels, minlength=10).double()
-    shorter, _ = reference._values(sums, counts, torch.arange(10), reference.baseline.outside)
+    shorter, _ = reference._metrics_of_moments(sums, counts, torch.arange(10), reference.baseline.outside)
     for key in ("class_frechet", "frechet", "texture", "mean_intensity", "confident", "zeros", "label_accuracy"):
-        replicates = found[key].replicates
+        replicates = estimates[key].replicates
         assert replicates is not None and len(replicates) == 20
         assert replicates[13].item() == pytest.approx(shorter[key].item(), rel=1e-4)
-        assert found[key].error == pytest.approx(jackknife_error(replicates))
-    few, _ = reference.measure(same_labels(labels)[:1900], labels[:1900])
+        assert estimates[key].error == pytest.approx(jackknife_error(replicates))
+    few = reference.measure(same_labels(labels)[:1900], labels[:1900]).estimates
     assert all(few[key].error is None for key in ("class_frechet", "frechet", "texture", "zeros"))
     assert reference.baseline.ratio("frechet", few["frechet"])[1] is None

@@ -9,12 +9,11 @@ import pytest
 import torch
 
 from evaluation import statistics
-from evaluation.compare import differences
-from evaluation.reference import Baseline, Measurement
-from evaluation.statistics import SPREAD, between_trainings, detectable, jackknife_error, student_quantile
+from evaluation.differences import compare_trainings
+from evaluation.reference import Estimate
+from evaluation.statistics import LOG_SD_BETWEEN_SEEDS, between_trainings, detectable, jackknife_error, student_quantile
 
 SPREAD_OF_ALL = 0.13  # standard deviation of the logarithm between all trainings that there could be
-BASELINE = Baseline(torch.zeros(0), [], [], {"class_frechet": Measurement(0.1)}, {})
 
 
 def test_the_jackknife_of_a_mean_is_its_standard_error() -> None:
@@ -23,21 +22,21 @@ def test_the_jackknife_of_a_mean_is_its_standard_error() -> None:
 
 
 def test_students_t_is_that_of_the_tables() -> None:
-    for freedom, quantile in ((1, 12.706), (4, 2.776), (6, 2.447), (19, 2.093), (99, 1.984), (math.inf, 1.960)):
-        assert student_quantile(freedom) == pytest.approx(quantile, abs=2e-3)
-    for freedom, quantile in ((4, 0.941), (9, 0.883), (math.inf, 0.842)):  # 80% lie below, one-sided
-        assert student_quantile(freedom, 0.6) == pytest.approx(quantile, abs=1e-3)
+    for dof, quantile in ((1, 12.706), (4, 2.776), (6, 2.447), (19, 2.093), (99, 1.984), (math.inf, 1.960)):
+        assert student_quantile(dof) == pytest.approx(quantile, abs=2e-3)
+    for dof, quantile in ((4, 0.941), (9, 0.883), (math.inf, 0.842)):  # 80% lie below, one-sided
+        assert student_quantile(dof, 0.6) == pytest.approx(quantile, abs=1e-3)
 
 
 def test_the_spread_of_these_trainings_is_pooled_with_that_of_earlier_ones() -> None:
-    """The earlier ones have 7 degrees of freedom and no more, and each side adds its own."""
+    """The earlier ones have 7 degrees of dof and no more, and each side adds its own."""
     a, b = [-1.2, -1.1, -1.4, -1.0], [-1.5, -1.3, -1.6]
-    error, freedom = between_trainings([a, b], "class_frechet")
-    assert freedom == 7 + 3 + 2
-    pooled = (7 * SPREAD["class_frechet"] ** 2 + 3 * variance(a) + 2 * variance(b)) / freedom
+    error, dof = between_trainings([a, b], "class_frechet")
+    assert dof == 7 + 3 + 2
+    pooled = (7 * LOG_SD_BETWEEN_SEEDS["class_frechet"] ** 2 + 3 * variance(a) + 2 * variance(b)) / dof
     assert error == pytest.approx(math.sqrt(pooled * (1 / 4 + 1 / 3)))
-    error, freedom = between_trainings([[-1.2], [-1.0]], "texture")
-    assert freedom == 7 and error == pytest.approx(SPREAD["texture"] * math.sqrt(2))
+    error, dof = between_trainings([[-1.2], [-1.0]], "texture")
+    assert dof == 7 and error == pytest.approx(LOG_SD_BETWEEN_SEEDS["texture"] * math.sqrt(2))
 
 
 def comparisons(each: int, number: int, change: float, patch: pytest.MonkeyPatch) -> Iterator[tuple[float, float]]:
@@ -47,10 +46,10 @@ def comparisons(each: int, number: int, change: float, patch: pytest.MonkeyPatch
     """
     random = np.random.default_rng(0)
     for _ in range(number):
-        patch.setitem(statistics.SPREAD, "class_frechet", random.normal(0, SPREAD_OF_ALL, 8).std(ddof=1))
+        patch.setitem(statistics.LOG_SD_BETWEEN_SEEDS, "class_frechet", random.normal(0, SPREAD_OF_ALL, 8).std(ddof=1))
         logs = random.normal([[math.log(0.3)], [math.log(0.3) + math.log1p(change)]], SPREAD_OF_ALL, (2, each))
-        a, b = ([{"class_frechet": Measurement(math.exp(value))} for value in side] for side in logs)
-        found, = differences(a, b, BASELINE)
+        a, b = ([{"class_frechet": Estimate(math.exp(value))} for value in side] for side in logs)
+        found, = compare_trainings(a, b)
         yield found.low, found.high
 
 
@@ -66,9 +65,9 @@ def test_the_interval_of_two_trainings_a_side_misses_one_change_in_twenty(change
 def test_the_change_that_is_said_to_be_found_is_found_in_four_of_five_comparisons(
         each: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """What three a side "could show" was found in about half of them: it was the smallest that looks significant."""
-    freedom, error = 7 + 2 * (each - 1), SPREAD_OF_ALL * math.sqrt(2 / each)
-    change = math.expm1(detectable(error, freedom))
+    dof, error = 7 + 2 * (each - 1), SPREAD_OF_ALL * math.sqrt(2 / each)
+    change = math.expm1(detectable(error, dof))
     found = [low > 0 for low, _ in comparisons(each, 3000, change, monkeypatch)]
     assert fmean(found) == pytest.approx(0.8, abs=0.04)
-    smallest = math.expm1(student_quantile(freedom) * error)
+    smallest = math.expm1(student_quantile(dof) * error)
     assert smallest < 0.8 * change
