@@ -19,7 +19,7 @@ from config import Config, SampleConfig, UserError
 from dataset import CLASSES, NO_LABEL, to_uint8
 from diffusion import Denoiser, Network, NoiseSchedule, make_denoiser
 from model import UNet
-from samplers import SAMPLERS, spaced_timesteps
+from samplers import SAMPLERS, Randn, Steps, spaced_timesteps
 from support import checkpoint, plots, selection
 from support.files import make_folder, write_atomically, write_results
 from support.loading import NOTICE
@@ -112,7 +112,7 @@ class SampleRequest(NamedTuple):
     guidance: float  # 1: none
     interval: tuple[float, float]  # of alpha_bar, where guided
     note: str  # what a user should know about guidance
-    evaluations: int  # of the network, for an image: one a step, two where it is guided
+    evaluations: int = 0  # of the network, for an image, as `count_evaluations` counts them
 
 
 def load_model(name: str | Path = "pretrained", device: str = "auto", precision: str = "auto") -> LoadedModel:
@@ -144,8 +144,8 @@ def load_checkpoint(path: Path, runtime: Runtime) -> LoadedModel:
 def make_request(model: LoadedModel, options: SampleConfig, seed: int, count: int) -> SampleRequest:
     """The request for images 0 to count - 1: only here are labels, timesteps and guidance decided.
 
-    If no step lies in the guidance interval, the step nearest to it is guided. Raises UserError for labels that the
-    network has not learned, guidance that it does not support, and an impossible number of steps.
+    Raises UserError for labels that the network has not learned, guidance that it does not support, and an impossible
+    number of steps.
     """
     timesteps = spaced_timesteps(model.schedule.timesteps, options.steps, options.spacing)
     digits = "none" if model.label_dropout == 1 and options.digits is None else options.digits
@@ -157,24 +157,58 @@ def make_request(model: LoadedModel, options: SampleConfig, seed: int, count: in
         knows = "images only with their labels" if digits == "none" else "no labels"
         raise UserError(f"{flag} {digits}: this network was trained with --label-dropout {model.label_dropout:g}, so "
                         f"it knows {knows}; leave it out")
+    guidance, interval, note = choose_guidance(model, options, timesteps, labelled=digits != "none")
     labels = choose_labels(digits, seed, range(count), model.classes)
-    guidance, interval, guided, note = options.guidance, options.guidance_interval, 0, ""
-    if guidance != 1 and (digits == "none" or model.label_dropout == 0):
+    request = SampleRequest(options, seed, range(count), labels, timesteps, guidance, interval, note)
+    return request._replace(evaluations=count_evaluations(model.schedule, request))
+
+
+def choose_guidance(model: LoadedModel, options: SampleConfig, timesteps: list[int],
+                    labelled: bool) -> tuple[float, tuple[float, float], str]:
+    """Guidance, the interval of alpha_bar where it acts, and what a user should know about both.
+
+    If no step lies in the interval, the step nearest to it is guided. Raises UserError for guidance that was asked for
+    and that the network does not support.
+    """
+    guidance, interval = options.guidance, options.guidance_interval
+    if guidance == 1:
+        return guidance, interval, ""
+    if not labelled or model.label_dropout == 0:
         if guidance != SampleConfig.guidance:
             raise UserError(f"--guidance {guidance:g}: this network can't be guided, since it was trained with "
                             f"--label-dropout {model.label_dropout:g}; leave --guidance out")
-        guidance, note = 1.0, "No guidance: it compares images with and without labels."
-    elif guidance != 1:
-        low, high = interval
-        levels = [model.schedule.alpha_bar[t].item() for t in timesteps[:-1]]
-        guided, where = sum(low <= level <= high for level in levels), ""
-        if guided == 0:
-            nearest = min(levels, key=lambda level: max(low - level, level - high))
-            guided, interval = 1, (nearest, nearest)
-            where = f", the one nearest to the interval (alpha_bar {low:g} to {high:g})"
-        note = f"Guidance {guidance:g} acts in {guided} of {options.steps} steps{where}."
-    return SampleRequest(options, seed, range(count), labels, timesteps, guidance, interval, note,
-                         options.steps + guided)
+        return 1.0, interval, "No guidance: it compares images with and without labels."
+    low, high = interval
+    levels = [model.schedule.alpha_bar[t].item() for t in timesteps[:-1]]
+    guided, where = sum(low <= level <= high for level in levels), ""
+    if guided == 0:
+        nearest = min(levels, key=lambda level: max(low - level, level - high))
+        guided, interval = 1, (nearest, nearest)
+        where = f", the one nearest to the interval (alpha_bar {low:g} to {high:g})"
+    return guidance, interval, f"Guidance {guidance:g} acts in {guided} of {options.steps} steps{where}."
+
+
+def count_evaluations(schedule: NoiseSchedule, request: SampleRequest) -> int:
+    """Evaluations of the network for an image, counted by sampling one pixel with a network that predicts zeros."""
+    batches: list[int] = []
+
+    def network(x: Tensor, t: Tensor, label: Tensor) -> Tensor:
+        batches.append(len(x))
+        return torch.zeros_like(x)
+
+    pixel = torch.zeros(1, 1, 1, 1)
+    for _ in run_sampler(network, schedule, torch.tensor([0]), request, pixel, lambda: pixel):
+        pass
+    return sum(batches)
+
+
+def run_sampler(network: Network, schedule: NoiseSchedule, labels: Tensor, request: SampleRequest, x: Tensor,
+                randn: Randn) -> Steps:
+    """The request's sampler, with its own options and guidance, from x [N, 1, H, W] on; labels int64 [N]."""
+    options = request.options
+    special = {name: getattr(options, name) for name, sampler in SAMPLER_OF.items() if sampler == options.sampler}
+    denoise = make_denoiser(network, schedule, labels, request.guidance, request.interval)
+    return SAMPLERS[options.sampler](denoise, schedule, x, request.timesteps, randn, **special)
 
 
 def choose_labels(digits: str | None, seed: int, indices: Sequence[int], classes: Sequence[int]) -> Tensor:
@@ -245,15 +279,13 @@ def _chunk_states(model: LoadedModel, request: SampleRequest) -> Iterator[Tensor
         noise = torch.stack([torch.randn(1, 28, 28, generator=g) for g in generators])
         return torch.zeros(runtime.chunk, 1, 28, 28).index_copy(0, slots, noise).to(runtime.device)
 
-    options = request.options
-    denoise = make_denoiser(model.network, model.schedule, labels, request.guidance, request.interval)
-    own_options = {name: getattr(options, name) for name, sampler in SAMPLER_OF.items() if sampler == options.sampler}
     x = randn()
     yield x[slots]
-    for s, x, _ in SAMPLERS[options.sampler](denoise, model.schedule, x, request.timesteps, randn, **own_options):
+    for s, x, _ in run_sampler(model.network, model.schedule, labels, request, x, randn):
         if not torch.isfinite(x).all():
-            raise UserError(f"the images stopped being finite at t = {s} of {request.timesteps[0]} ({options.sampler}, "
-                            f"{options.steps} steps): try --precision fp32, a lower --guidance or another checkpoint")
+            raise UserError(f"the images stopped being finite at t = {s} of {request.timesteps[0]} ("
+                            f"{request.options.sampler}, {request.options.steps} steps): try --precision fp32, a lower "
+                            "--guidance or another checkpoint")
         yield x[slots]
 
 

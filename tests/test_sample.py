@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ from sample import (
     provenance,
     sample_images,
 )
-from samplers import spaced_timesteps
+from samplers import SAMPLERS, spaced_timesteps
 from support import checkpoint, settings
 from support.runtime import Runtime
 
@@ -39,8 +40,7 @@ def model_of(network, schedule, label_dropout=0.1, counts=None):
 
 def sampled(network, schedule, options, seed, indices, labels, shown=0):
     timesteps = spaced_timesteps(schedule.timesteps, options.steps, options.spacing)
-    request = SampleRequest(options, seed, indices, labels, timesteps, options.guidance, options.guidance_interval, "",
-                            options.steps)
+    request = SampleRequest(options, seed, indices, labels, timesteps, options.guidance, options.guidance_interval, "")
     images, states = sample_images(model_of(network, schedule), request, shown)
     return (images, states) if shown else images
 
@@ -321,6 +321,23 @@ def test_guidance_needs_images_with_and_without_labels(network, dropout, digits,
         with pytest.raises(UserError, match="--guidance 3: this network can't be guided"):
             make_request(model, SampleConfig(digits=digits, guidance=3.0), 0, 2)
     assert make_request(model, SampleConfig(digits=digits, guidance=1.0), 0, 2).note == ""
+
+
+def test_a_sampler_that_evaluates_twice_a_step_is_counted_right(network, monkeypatch):
+    """Heun's method (arXiv 2206.00364, algorithm 1), whose second evaluation may lie inside the interval or not."""
+    def heun(denoise, schedule, x, timesteps, randn):
+        for t, s in pairwise(timesteps):
+            x0_hat = denoise(x, t)
+            if s > 0:
+                x0_hat = (x0_hat + denoise(x, s)) / 2
+            yield s, x, x0_hat
+
+    monkeypatch.setitem(SAMPLERS, "heun", heun)
+    model = model_of(network, make_schedule(DiffusionConfig()))
+    request = make_request(model, SampleConfig(sampler="heun"), 0, 3)
+    guided, calls = guided_timesteps(model, request)
+    assert guided == [544, 544, 456, 456] and calls == request.evaluations == 2 * 13 - 1 + len(guided)
+    assert request.note == "Guidance 2.1 acts in 2 of 13 steps."
 
 
 def test_images_say_how_they_were_guided(network):
