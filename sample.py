@@ -231,7 +231,7 @@ def provenance(model: LoadedModel, request: SampleRequest) -> dict[str, str]:
     knobs = {name: str(getattr(request.options, name)) for name in (*SAMPLING, "digits")
              if not name.startswith("guidance")}
     return {"weights": model.digest, "trained_on": str(model.data.get("name", "unknown")), "step": str(model.step),
-            "seed": str(request.seed), "guidance": f"{request.guidance:g}",
+            "seed": str(request.seed), "images": str(len(request.indices)), "guidance": f"{request.guidance:g}",
             "guidance_interval": "{:g} {:g}".format(*request.interval), **knobs}
 
 
@@ -293,15 +293,27 @@ def main(config: Config, runtime: Runtime) -> None:
     """Samples from a checkpoint as config.sample says, and writes pictures and arrays to its results folder."""
     config = selection.settle(config, runtime)
     model = load_checkpoint(cast(Path, config.sample.checkpoint), runtime)
-    options = replace(config.sample, digits=config.sample.write or config.sample.digits)
-    count = len(config.sample.write or "") or options.num_images or 256
-    request = make_request(model, options, config.seed, count)
+    request = request_of(model, config)
     announce(model, request)
     folder = selection.results_folder(model.path, model.digest)
     runtime.on_rank0(lambda: make_folder(folder) and None)
     images, states = sample_images(model, request, SHOWN, progress=True)
     for path in runtime.on_rank0(lambda: write_images(folder, to_uint8(images), model, request, states)):
         runtime.say(f"  {path}")
+
+
+def request_of(model: LoadedModel, config: Config) -> SampleRequest:
+    """What mode sample samples."""
+    options = replace(config.sample, digits=config.sample.write or config.sample.digits)
+    return make_request(model, options, config.seed, len(config.sample.write or "") or options.num_images or 256)
+
+
+def is_written(model: LoadedModel, request: SampleRequest) -> bool:
+    """Whether the model's results folder holds the pictures and arrays of this request."""
+    folder = selection.results_folder(model.path, model.digest)
+    first, last = folder / "sample.png", folder / "samples.npz"  # in the order in which they are written
+    return (first.exists() and last.exists() and first.stat().st_mtime <= last.stat().st_mtime
+            and plots.metadata_of(first) == provenance(model, request))
 
 
 def announce(model: LoadedModel, request: SampleRequest) -> None:

@@ -63,7 +63,7 @@ def main(config: Config, runtime: Runtime) -> None:
         raise UserError("--mode compare: it needs two sides; add --runs A B, such as --runs pretrained mine")
     a, b = sides = [load_side(text, config, runtime) for text in config.runs]
     first = require_same_images(sides)
-    known = selection.data_name(first.path) if config.dataset == "auto" else None
+    known = selection.data_name(first.path, config) if config.dataset == "auto" else None
     config = selection.settle(replace(config, dataset=cast(Any, known or config.dataset)), runtime)
     train, test = loading.load_both(config, runtime)
     require_its_images(first, describe(train, config.dataset), explicit=False)

@@ -7,7 +7,7 @@ appear whole or not at all, in folders that are there, and carry `metadata` as P
 import os
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -260,6 +260,13 @@ def open_figure(path: Path, width: int, height: int, metadata: Mapping[str, str]
         figure = matplotlib.figure.Figure((width / DPI, height / DPI), layout="constrained")
         yield figure
         write_atomically(path, lambda file: figure.savefig(file, metadata={"Software": None, **metadata}))
+
+
+def metadata_of(path: Path) -> dict[str, str] | None:
+    """The metadata of a PNG that was saved here; None for a file that is no such picture."""
+    with suppress(OSError, SyntaxError, ValueError), Image.open(path) as image:
+        return getattr(image, "text", None)
+    return None
 
 
 def _save_png(path: Path, pixels: ArrayLike, metadata: Mapping[str, str]) -> None:

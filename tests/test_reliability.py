@@ -276,6 +276,20 @@ def test_a_run_that_was_killed_while_sampling_samples(there: Path, flags: list[s
     assert LAST.read_bytes() == before and learned(there)["pictures"] == pictures
 
 
+def test_a_finished_run_samples_what_is_asked_for_next(there: Path, flags: list[str], capsys: Capture) -> None:
+    """And only if these images are not there already."""
+    before, samples = LAST.read_bytes(), Path("results/idx/samples.npz")
+    for change in (["--digits", "7", "--num-images", "9"], ["--digits", "7", "--num-images", "4"], ["--spacing",
+                   "trailing"]):
+        capsys.readouterr()
+        assert main([*flags, *change]) == 0 and str(samples) in capsys.readouterr().out
+        if "--digits" in change:
+            assert np.load(samples)["arr_1"].tolist() == [7] * int(change[-1])
+        assert main([*flags, *change]) == 0
+        assert "is finished" in (output := capsys.readouterr().out) and str(samples) not in output
+    assert LAST.read_bytes() == before
+
+
 @pytest.mark.parametrize("schedule, end", [("linear", "falls to zero"), ("constant", "stays there")])
 def test_more_epochs_extend_a_run_and_say_what_the_rate_does(schedule: str, end: str, own_folder: Path,
                                                              flags: list[str], capsys: Capture) -> None:
