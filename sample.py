@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+import support  # noqa: F401 (first, since it checks which modules these are)
 from config import Config, SampleConfig, UserError
 from dataset import CLASSES, NO_LABEL, to_uint8
 from diffusion import Denoiser, Network, NoiseSchedule, make_denoiser
@@ -69,17 +70,17 @@ class LoadedModel:
         counts = self.data.get("classes") or [1] * CLASSES
         return [k for k, count in enumerate(counts) if count]
 
-    def sample(self, labels: str | Sequence[int] | None = "0123456789", num_images: int | None = None, seed: int = 0, *,
-               trajectory: bool = False, **options: Any) -> Any:
+    def sample(self, labels: str | int | Sequence[int] | None = "0123456789", num_images: int | None = None,
+               seed: int = 0, *, trajectory: bool = False, **options: Any) -> Any:
         """Samples images: uint8 numpy [N, 28, 28], the same as `--mode sample` with the same flags writes.
 
         labels: classes as a digit string or integers, None for images without labels; cycled to num_images (unset: as
         many as labels, or one). options: sampler, steps, spacing, eta, variance, guidance, guidance_interval, as the
         flags. With trajectory, returns (images, Trajectory). Raises UserError for what the flags would not accept.
         """
+        sequence: Any = () if labels is None else labels if hasattr(labels, "__iter__") else [labels]
         try:
-            classes = [int(label) if isinstance(label, str) else operator.index(label)
-                       for label in (() if labels is None else labels)]
+            classes = [int(label) if isinstance(label, str) else operator.index(label) for label in sequence]
         except (TypeError, ValueError):  # neither a digit nor an integer
             classes = [-1]
         if labels is not None and not classes or any(not 0 <= k < CLASSES for k in classes):
@@ -88,17 +89,19 @@ class LoadedModel:
             raise UserError(f"{', '.join(sorted(unknown))}: no option of sampling; there are {', '.join(SAMPLING)}")
         wanted = SampleConfig(digits="none" if labels is None else "".join(map(str, classes)),
                               num_images=len(classes) or 1 if num_images is None else num_images, **options)
-        wanted = validate(Config(seed=seed, sample=wanted)).sample
-        request = make_request(self, wanted, seed, cast(int, wanted.num_images))
-        images, states = sample_images(self, request, shown=len(request.indices) if trajectory else 0)
+        with torch.device("cpu"):  # whatever the host program's default device is
+            request = request_of(self, validate(Config(seed=seed, sample=wanted)))
+            images, states = sample_images(self, request, shown=len(request.indices) if trajectory else 0)
         arrays = to_uint8(images)[:, 0].numpy()
         return (arrays, Trajectory(request.timesteps, states[:, :, 0].numpy())) if trajectory else arrays
 
     def denoiser(self, labels: Sequence[int] | Tensor, guidance: float = 1.0,
                  interval: tuple[float, float] | None = None) -> Denoiser:
         """`diffusion.make_denoiser` for this network: denoise(x [N, 1, 28, 28], t) -> x0_hat; labels [N], 10: none."""
-        return make_denoiser(self.network, self.schedule, torch.as_tensor(labels, device=self.runtime.device), guidance,
-                             interval)
+        labels = torch.as_tensor(labels, device=self.runtime.device)
+        if wrong := {*labels.flatten().tolist()} - {*range(NO_LABEL + 1)}:
+            raise UserError(f"label {min(wrong)}: give classes from 0 to {CLASSES - 1}, or {NO_LABEL} for no label")
+        return make_denoiser(self.network, self.schedule, labels, guidance, interval)
 
 
 class SampleRequest(NamedTuple):
@@ -134,7 +137,8 @@ def load_checkpoint(path: Path, runtime: Runtime) -> LoadedModel:
     alpha_bar = state["history"].get("alpha_bar")
     if not isinstance(alpha_bar, Tensor) or alpha_bar.ndim != 1 or len(alpha_bar) < 3:
         raise UserError(f"{path}: it does not hold its noise schedule; {checkpoint.ADVICE}")
-    network = UNet(settings)
+    with torch.device("cpu"):
+        network = UNet(settings).float()  # whatever the host program's default device and dtype are
     checkpoint.load_weights(network, state["ema"], path)
     network = network.eval().requires_grad_(False).to(runtime.device).to(memory_format=runtime.memory_format)
     return LoadedModel(network, NoiseSchedule(alpha_bar.double(), prediction), runtime, state["config"],
@@ -151,12 +155,12 @@ def make_request(model: LoadedModel, options: SampleConfig, seed: int, count: in
     digits = "none" if model.label_dropout == 1 and options.digits is None else options.digits
     flag = "--digits" if options.write is None else "--write"
     if unlearned := sorted({int(digit) for digit in digits or "" if digits != "none"} - set(model.classes)):
-        raise UserError(f"{flag} {digits}: this network was not trained on class "
+        raise UserError(f"{flag} {digits:.100}: this network was not trained on class "
                         f"{', '.join(map(str, unlearned))}; choose from {''.join(map(str, model.classes))}")
     if model.label_dropout == (0 if digits == "none" else 1):
         knows = "images only with their labels" if digits == "none" else "no labels"
-        raise UserError(f"{flag} {digits}: this network was trained with --label-dropout {model.label_dropout:g}, so "
-                        f"it knows {knows}; leave it out")
+        raise UserError(f"{flag} {digits:.100}: this network was trained with --label-dropout {model.label_dropout:g}, "
+                        f"so it knows {knows}; leave it out")
     guidance, interval, note = choose_guidance(model, options, timesteps, labelled=digits != "none")
     labels = choose_labels(digits, seed, range(count), model.classes)
     request = SampleRequest(options, seed, range(count), labels, timesteps, guidance, interval, note)
@@ -196,7 +200,7 @@ def count_evaluations(schedule: NoiseSchedule, request: SampleRequest) -> int:
         batches.append(len(x))
         return torch.zeros_like(x)
 
-    pixel = torch.zeros(1, 1, 1, 1)
+    pixel = torch.zeros(1, 1, 1, 1, dtype=torch.float32)
     for _ in run_sampler(network, schedule, torch.tensor([0]), request, pixel, lambda: pixel):
         pass
     return sum(batches)
@@ -249,7 +253,7 @@ def sample_images(model: LoadedModel, request: SampleRequest, shown: int = 0,
     mine = list(chunks.values())[runtime.rank::runtime.world]
 
     def work() -> tuple[Tensor, Tensor]:
-        images = torch.zeros(len(request.indices), 1, 28, 28)
+        images = torch.zeros(len(request.indices), 1, 28, 28, dtype=torch.float32)
         states = torch.zeros(len(request.timesteps), min(shown, len(images)), 1, 28, 28, dtype=torch.uint8)
         bar = tqdm(total=len(mine) * len(request.timesteps), desc="sampling", unit="step", leave=False,
                    disable=not (progress and runtime.rank == 0))
@@ -276,8 +280,8 @@ def _chunk_states(model: LoadedModel, request: SampleRequest) -> Iterator[Tensor
     labels = torch.full((runtime.chunk,), NO_LABEL).index_copy(0, slots, request.labels).to(runtime.device)
 
     def randn() -> Tensor:
-        noise = torch.stack([torch.randn(1, 28, 28, generator=g) for g in generators])
-        return torch.zeros(runtime.chunk, 1, 28, 28).index_copy(0, slots, noise).to(runtime.device)
+        noise = torch.stack([torch.randn(1, 28, 28, generator=g, dtype=torch.float32) for g in generators])
+        return noise.new_zeros(runtime.chunk, 1, 28, 28).index_copy(0, slots, noise).to(runtime.device)
 
     x = randn()
     yield x[slots]
@@ -312,8 +316,8 @@ def is_written(model: LoadedModel, request: SampleRequest) -> bool:
     """Whether the model's results folder holds the pictures and arrays of this request."""
     folder = selection.results_folder(model.path, model.digest)
     first, last = folder / "sample.png", folder / "samples.npz"  # in the order in which they are written
-    return (first.exists() and last.exists() and first.stat().st_mtime <= last.stat().st_mtime
-            and plots.metadata_of(first) == provenance(model, request))
+    return (plots.metadata_of(first) == provenance(model, request) and last.exists()
+            and last.stat().st_mtime >= first.stat().st_mtime)
 
 
 def announce(model: LoadedModel, request: SampleRequest) -> None:
@@ -327,7 +331,7 @@ def announce(model: LoadedModel, request: SampleRequest) -> None:
 def write_images(folder: Path, images: Tensor, model: LoadedModel, request: SampleRequest,
                  states: Tensor) -> list[Path]:
     """Writes pictures and arrays, and returns their paths. Warns if the images don't look like the training images."""
-    warn_if_broken(images, model.data)
+    plots.warn_if_broken(images, model.data)
     options, source = request.options, provenance(model, request)
     arrays = images.permute(0, 2, 3, 1).numpy(), request.labels.numpy()  # in the convention of OpenAI's evaluators
     # Evenly spaced states, with both ends.
@@ -343,10 +347,3 @@ def write_images(folder: Path, images: Tensor, model: LoadedModel, request: Samp
     if options.write is not None:
         writers = {"number.png": lambda path: plots.save_number(path, images, source)}
     return write_results(folder, writers)
-
-
-def warn_if_broken(images: Tensor, data: dict[str, Any]) -> None:
-    """Warns if images look nothing like the data that the network was trained on."""
-    if problem := plots.looks_broken(images, **{key: data[key] for key in ("mean", "std") if key in data}):
-        print(f"WARNING: these images do not look like {data.get('name', 'the training images')} ({problem}). Was the "
-              "network trained long enough, with a falling loss?", flush=True)

@@ -23,7 +23,7 @@ from dataset import CLASSES, describe, to_uint8
 from evaluation import statistics
 from evaluation.evaluate import image_count, require_its_images
 from evaluation.reference import DECIDING, METRICS, Baseline, Measurement, Metric, Reference, make_reference, rows
-from sample import LoadedModel, SampleRequest, load_checkpoint, make_request, provenance, sample_images, warn_if_broken
+from sample import LoadedModel, SampleRequest, load_checkpoint, make_request, provenance, sample_images
 from support import loading, plots, selection, settings
 from support.files import make_folder, write_atomically, write_results
 from support.runtime import Runtime
@@ -79,7 +79,7 @@ def main(config: Config, runtime: Runtime) -> None:
     def measure() -> list[Path]:
         for side, sampled in zip(sides, images):
             for model, each in zip(side.models, sampled):
-                warn_if_broken(each, model.data)
+                plots.warn_if_broken(each, model.data)
         measured = [[made[0].measure(each, a.requests[0].labels)[0] for each in sampled] for sampled in images]
         return report(sides, measured, made[0].baseline, [sampled[0] for sampled in images])
 

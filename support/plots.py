@@ -214,6 +214,13 @@ def looks_broken(images: ArrayLike, mean: float = 0.1307, std: float = 0.3081) -
     return "static" if correlation < 0.5 else "washed out" if pixels.mean() > mean + std else None
 
 
+def warn_if_broken(images: ArrayLike, data: Mapping[str, Any]) -> None:
+    """Warns if images look nothing like the data that the network was trained on."""
+    if problem := looks_broken(images, **{key: data[key] for key in ("mean", "std") if key in data}):
+        print(f"WARNING: these images do not look like {data.get('name', 'the training images')} ({problem}). Was the "
+              "network trained long enough, with a falling loss?", flush=True)
+
+
 def _tiles(images: ArrayLike, scale: int = 1) -> np.ndarray:
     """[..., h, w] -> [N, scale * h, scale * w]."""
     array = np.asarray(images)

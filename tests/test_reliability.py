@@ -290,6 +290,29 @@ def test_a_finished_run_samples_what_is_asked_for_next(there: Path, flags: list[
     assert LAST.read_bytes() == before
 
 
+def test_a_run_of_code_that_was_edited_after_its_import_says_so(own_folder: Path, flags: list[str]) -> None:
+    """As in a notebook, which imports once and trains again after an edit."""
+    copy = own_folder / "copy"
+    shutil.copytree(ROOT, copy, ignore=lambda _, names: {*names} - {"support", "training"} - {
+        name for name in names if name.endswith(".py")})
+    cells = f"""
+import pathlib, run, support.plots
+support.plots.save_losses = lambda *_, **__: None
+flags = {[*flags, "--epochs", "1", "--steps", "1", "--num-images", "1"]!r}
+run.main(flags)
+for name in ("config.py", "training/optimizer.py"):
+    with pathlib.Path({str(copy)!r}, name).open("a") as file:
+        file.write("# edited")
+print("EDITED", run.main([*flags, "--fresh"]))
+"""
+    process = subprocess.run([sys.executable, "-c", cells], cwd=own_folder, capture_output=True, text=True,
+                             env={**os.environ, "PYTHONPATH": str(copy), "OMP_NUM_THREADS": "1"})
+    notes = [line for line in process.stdout.splitlines() if "imported" in line]
+    assert process.stdout.endswith("EDITED 0\n") and notes == [
+        "note: training/optimizer.py, config.py changed since Python imported it, and this run goes by what was "
+        "imported. To use the change, restart the notebook's kernel or the program."]
+
+
 @pytest.mark.parametrize("schedule, end", [("linear", "falls to zero"), ("constant", "stays there")])
 def test_more_epochs_extend_a_run_and_say_what_the_rate_does(schedule: str, end: str, own_folder: Path,
                                                              flags: list[str], capsys: Capture) -> None:
@@ -798,13 +821,14 @@ def test_all_processes_leave_together_with_one_line(there: Path, flags: list[str
     assert "last.safetensors" in end_alike(start_ranks(there, 2, *flags, "--epochs", "3"))
 
 
-@pytest.mark.parametrize("mode, failing", [("evaluate", "report"), ("evaluate", "make_reference"),
-                                           ("compare", "report"), ("compare", "warn_if_broken")])
+@pytest.mark.parametrize("mode, failing", [
+    ("evaluate", "evaluation.evaluate.report"), ("evaluate", "evaluation.evaluate.make_reference"),
+    ("compare", "evaluation.compare.report"), ("compare", "support.plots.warn_if_broken")])
 def test_a_failure_of_the_first_process_ends_all(mode: str, failing: str, there: Path, flags: list[str]) -> None:
     """Of the measuring modes, which measure in that one alone while the others wait."""
     module = f"evaluation.{mode}"
     changes = {f"{module}.make_reference": measures_nothing, f"{module}.sample_images": only_zeros,
-               f"{module}.{failing}": report_badly}
+               failing: report_badly}
     if mode == "compare":
         changes["evaluation.statistics.FEWEST_FOR_ERRORS"] = 16
     own = ["--name", "idx"] if mode == "evaluate" else ["--runs", "idx", f"{PREVIOUS}"]
