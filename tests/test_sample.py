@@ -541,3 +541,8 @@ def test_what_is_no_time_is_refused_by_the_denoiser(own_folder):
             denoise(torch.zeros(1, 1, 28, 28), t)
     for t in (1, 100, np.int64(50)):
         assert denoise(torch.zeros(1, 1, 28, 28), t).shape == (1, 1, 28, 28)
+
+
+def test_a_model_in_a_notebook_says_in_one_line_what_it_is() -> None:
+    text = repr(load_model("pretrained", device="cpu"))
+    assert text.startswith("LoadedModel(") and "trained on mnist, step " in text and len(text) < 250
