@@ -32,11 +32,11 @@ UNSET: Any = tyro.conf.arg(help_behavior_hint="")  # no "(default: None)" in --h
 Channels = Annotated[int, Ge(1), Le(4096)]
 Blocks = Annotated[int, Ge(1), Le(64)]
 Share = Annotated[float, Ge(0), Le(1)]
-Labels = Annotated[Annotated[str, StringConstraints(pattern="^(none|[0-9]{1,10000})$")] | None, UNSET]
+Labels = Annotated[Annotated[str, StringConstraints(pattern="^(none|[0-9]+)$")] | None, UNSET]
 Number = Annotated[Annotated[str, StringConstraints(pattern="^[0-9]{1,64}$")] | None, UNSET]
 RunName = Annotated[Annotated[str, StringConstraints(pattern=r"^\w[\w.-]{0,99}$")] | None, UNSET]
 OptionalPath = Annotated[Path | None, UNSET]
-Device = Annotated[str, StringConstraints(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")]
+Device = Annotated[str, StringConstraints(pattern=r"^(auto|cpu|mps|cuda(:(0|[1-9][0-9]?))?)$")]
 Precision = Literal["auto", "fp32", "bf16"]
 
 

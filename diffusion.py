@@ -157,11 +157,14 @@ def make_denoiser(network: Network, schedule: NoiseSchedule, labels: Tensor, gui
 
     Classifier-free guidance (arXiv 2207.12598, eq. 6, whose w is guidance - 1) evaluates the network with and without
     labels, in one batch of 2B. It acts where alpha_bar_t lies in the interval (2404.07724), None: everywhere.
+    denoise raises UserError for t that is not in 1..T.
     """
     low, high = interval or (0.0, 1.0)
     both_labels = torch.cat([labels, torch.full_like(labels, NO_LABEL)])
 
     def denoise(x: Tensor, t: int) -> Tensor:
+        if not 1 <= t <= schedule.timesteps:
+            raise UserError(f"t = {t}: the network was trained on t from 1 to {schedule.timesteps}")
         x_in = x.float()
         times = torch.full((len(x),), t, device=x.device)
         if guidance == 1 or not low <= schedule.alpha_bar[t] <= high:

@@ -142,6 +142,6 @@ def zeroed(layer: nn.Conv2d) -> nn.Conv2d:
 def time_features(t: Tensor, width: int) -> Tensor:
     """Sines and cosines of t [B] at `width / 2` frequencies from 1 to 1e-4 -> [B, width] (arXiv 1706.03762, 3.5)."""
     half = width // 2
-    frequencies = torch.exp(torch.arange(half, device=t.device) * (-math.log(1e4) / half))
+    frequencies = torch.exp(torch.arange(half, dtype=torch.float32, device=t.device) * (-math.log(1e4) / half))
     angles = t.float()[:, None] * frequencies
     return torch.cat([angles.cos(), angles.sin()], dim=1)

@@ -3,6 +3,7 @@
 import importlib
 import sys
 
+import support  # noqa: F401 (first, since it checks which modules these are)
 from config import UserError
 from support import console, settings
 

@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+import support  # noqa: F401 (first, since it checks which modules these are)
 from config import Config, SampleConfig, UserError
 from dataset import CLASSES, NO_LABEL, to_uint8
 from diffusion import Denoiser, Network, NoiseSchedule, make_denoiser
 from model import UNet
-from samplers import SAMPLERS, spaced_timesteps
+from samplers import SAMPLERS, Randn, Steps, spaced_timesteps
 from support import checkpoint, plots, selection
 from support.files import make_folder, write_atomically, write_results
 from support.loading import NOTICE
@@ -40,7 +41,7 @@ class Trajectory(NamedTuple):
     states: Any  # uint8 [K+1, N, 28, 28]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class LoadedModel:
     """A trained network that can be sampled from, and where it came from."""
 
@@ -52,6 +53,11 @@ class LoadedModel:
     digest: str = ""  # of its weights
     step: int = 0
     path: Path = Path()
+
+    def __repr__(self) -> str:
+        trained_on = self.data.get("name", "unknown images")
+        return (f"LoadedModel({str(self.path)!r}, trained on {trained_on}, step {self.step:,}, weights {self.digest}, "
+                f"on {self.runtime.name()})")
 
     @property
     def data(self) -> dict[str, Any]:
@@ -69,17 +75,17 @@ class LoadedModel:
         counts = self.data.get("classes") or [1] * CLASSES
         return [k for k, count in enumerate(counts) if count]
 
-    def sample(self, labels: str | Sequence[int] | None = "0123456789", num_images: int | None = None, seed: int = 0, *,
-               trajectory: bool = False, **options: Any) -> Any:
+    def sample(self, labels: str | int | Sequence[int] | None = "0123456789", num_images: int | None = None,
+               seed: int = 0, *, trajectory: bool = False, **options: Any) -> Any:
         """Samples images: uint8 numpy [N, 28, 28], the same as `--mode sample` with the same flags writes.
 
         labels: classes as a digit string or integers, None for images without labels; cycled to num_images (unset: as
         many as labels, or one). options: sampler, steps, spacing, eta, variance, guidance, guidance_interval, as the
         flags. With trajectory, returns (images, Trajectory). Raises UserError for what the flags would not accept.
         """
+        sequence: Any = () if labels is None else labels if hasattr(labels, "__iter__") else [labels]
         try:
-            classes = [int(label) if isinstance(label, str) else operator.index(label)
-                       for label in (() if labels is None else labels)]
+            classes = [int(label) if isinstance(label, str) else operator.index(label) for label in sequence]
         except (TypeError, ValueError):  # neither a digit nor an integer
             classes = [-1]
         if labels is not None and not classes or any(not 0 <= k < CLASSES for k in classes):
@@ -88,17 +94,19 @@ class LoadedModel:
             raise UserError(f"{', '.join(sorted(unknown))}: no option of sampling; there are {', '.join(SAMPLING)}")
         wanted = SampleConfig(digits="none" if labels is None else "".join(map(str, classes)),
                               num_images=len(classes) or 1 if num_images is None else num_images, **options)
-        wanted = validate(Config(seed=seed, sample=wanted)).sample
-        request = make_request(self, wanted, seed, cast(int, wanted.num_images))
-        images, states = sample_images(self, request, shown=len(request.indices) if trajectory else 0)
+        with torch.device("cpu"):  # whatever the host program's default device is
+            request = request_of(self, validate(Config(seed=seed, sample=wanted)))
+            images, states = sample_images(self, request, shown=len(request.indices) if trajectory else 0)
         arrays = to_uint8(images)[:, 0].numpy()
         return (arrays, Trajectory(request.timesteps, states[:, :, 0].numpy())) if trajectory else arrays
 
     def denoiser(self, labels: Sequence[int] | Tensor, guidance: float = 1.0,
                  interval: tuple[float, float] | None = None) -> Denoiser:
         """`diffusion.make_denoiser` for this network: denoise(x [N, 1, 28, 28], t) -> x0_hat; labels [N], 10: none."""
-        return make_denoiser(self.network, self.schedule, torch.as_tensor(labels, device=self.runtime.device), guidance,
-                             interval)
+        labels = torch.as_tensor(labels, device=self.runtime.device)
+        if wrong := {*labels.flatten().tolist()} - {*range(NO_LABEL + 1)}:
+            raise UserError(f"label {min(wrong)}: give classes from 0 to {CLASSES - 1}, or {NO_LABEL} for no label")
+        return make_denoiser(self.network, self.schedule, labels, guidance, interval)
 
 
 class SampleRequest(NamedTuple):
@@ -112,7 +120,7 @@ class SampleRequest(NamedTuple):
     guidance: float  # 1: none
     interval: tuple[float, float]  # of alpha_bar, where guided
     note: str  # what a user should know about guidance
-    evaluations: int  # of the network, for an image: one a step, two where it is guided
+    evaluations: int = 0  # of the network, for an image, as `count_evaluations` counts them
 
 
 def load_model(name: str | Path = "pretrained", device: str = "auto", precision: str = "auto") -> LoadedModel:
@@ -134,7 +142,8 @@ def load_checkpoint(path: Path, runtime: Runtime) -> LoadedModel:
     alpha_bar = state["history"].get("alpha_bar")
     if not isinstance(alpha_bar, Tensor) or alpha_bar.ndim != 1 or len(alpha_bar) < 3:
         raise UserError(f"{path}: it does not hold its noise schedule; {checkpoint.ADVICE}")
-    network = UNet(settings)
+    with torch.device("cpu"):
+        network = UNet(settings).float()  # whatever the host program's default device and dtype are
     checkpoint.load_weights(network, state["ema"], path)
     network = network.eval().requires_grad_(False).to(runtime.device).to(memory_format=runtime.memory_format)
     return LoadedModel(network, NoiseSchedule(alpha_bar.double(), prediction), runtime, state["config"],
@@ -144,37 +153,71 @@ def load_checkpoint(path: Path, runtime: Runtime) -> LoadedModel:
 def make_request(model: LoadedModel, options: SampleConfig, seed: int, count: int) -> SampleRequest:
     """The request for images 0 to count - 1: only here are labels, timesteps and guidance decided.
 
-    If no step lies in the guidance interval, the step nearest to it is guided. Raises UserError for labels that the
-    network has not learned, guidance that it does not support, and an impossible number of steps.
+    Raises UserError for labels that the network has not learned, guidance that it does not support, and an impossible
+    number of steps.
     """
     timesteps = spaced_timesteps(model.schedule.timesteps, options.steps, options.spacing)
     digits = "none" if model.label_dropout == 1 and options.digits is None else options.digits
     flag = "--digits" if options.write is None else "--write"
     if unlearned := sorted({int(digit) for digit in digits or "" if digits != "none"} - set(model.classes)):
-        raise UserError(f"{flag} {digits}: this network was not trained on class "
+        raise UserError(f"{flag} {digits:.100}: this network was not trained on class "
                         f"{', '.join(map(str, unlearned))}; choose from {''.join(map(str, model.classes))}")
     if model.label_dropout == (0 if digits == "none" else 1):
         knows = "images only with their labels" if digits == "none" else "no labels"
-        raise UserError(f"{flag} {digits}: this network was trained with --label-dropout {model.label_dropout:g}, so "
-                        f"it knows {knows}; leave it out")
+        raise UserError(f"{flag} {digits:.100}: this network was trained with --label-dropout {model.label_dropout:g}, "
+                        f"so it knows {knows}; leave it out")
+    guidance, interval, note = choose_guidance(model, options, timesteps, labelled=digits != "none")
     labels = choose_labels(digits, seed, range(count), model.classes)
-    guidance, interval, guided, note = options.guidance, options.guidance_interval, 0, ""
-    if guidance != 1 and (digits == "none" or model.label_dropout == 0):
+    request = SampleRequest(options, seed, range(count), labels, timesteps, guidance, interval, note)
+    return request._replace(evaluations=count_evaluations(model.schedule, request))
+
+
+def choose_guidance(model: LoadedModel, options: SampleConfig, timesteps: list[int],
+                    labelled: bool) -> tuple[float, tuple[float, float], str]:
+    """Guidance, the interval of alpha_bar where it acts, and what a user should know about both.
+
+    If no step lies in the interval, the step nearest to it is guided. Raises UserError for guidance that was asked for
+    and that the network does not support.
+    """
+    guidance, interval = options.guidance, options.guidance_interval
+    if guidance == 1:
+        return guidance, interval, ""
+    if not labelled or model.label_dropout == 0:
         if guidance != SampleConfig.guidance:
             raise UserError(f"--guidance {guidance:g}: this network can't be guided, since it was trained with "
                             f"--label-dropout {model.label_dropout:g}; leave --guidance out")
-        guidance, note = 1.0, "No guidance: it compares images with and without labels."
-    elif guidance != 1:
-        low, high = interval
-        levels = [model.schedule.alpha_bar[t].item() for t in timesteps[:-1]]
-        guided, where = sum(low <= level <= high for level in levels), ""
-        if guided == 0:
-            nearest = min(levels, key=lambda level: max(low - level, level - high))
-            guided, interval = 1, (nearest, nearest)
-            where = f", the one nearest to the interval (alpha_bar {low:g} to {high:g})"
-        note = f"Guidance {guidance:g} acts in {guided} of {options.steps} steps{where}."
-    return SampleRequest(options, seed, range(count), labels, timesteps, guidance, interval, note,
-                         options.steps + guided)
+        return 1.0, interval, "No guidance: it compares images with and without labels."
+    low, high = interval
+    levels = [model.schedule.alpha_bar[t].item() for t in timesteps[:-1]]
+    guided, where = sum(low <= level <= high for level in levels), ""
+    if guided == 0:
+        nearest = min(levels, key=lambda level: max(low - level, level - high))
+        guided, interval = 1, (nearest, nearest)
+        where = f", the one nearest to the interval (alpha_bar {low:g} to {high:g})"
+    return guidance, interval, f"Guidance {guidance:g} acts in {guided} of {options.steps} steps{where}."
+
+
+def count_evaluations(schedule: NoiseSchedule, request: SampleRequest) -> int:
+    """Evaluations of the network for an image, counted by sampling one pixel with a network that predicts zeros."""
+    batches: list[int] = []
+
+    def network(x: Tensor, t: Tensor, label: Tensor) -> Tensor:
+        batches.append(len(x))
+        return torch.zeros_like(x)
+
+    pixel = torch.zeros(1, 1, 1, 1, dtype=torch.float32)
+    for _ in run_sampler(network, schedule, torch.tensor([0]), request, pixel, lambda: pixel):
+        pass
+    return sum(batches)
+
+
+def run_sampler(network: Network, schedule: NoiseSchedule, labels: Tensor, request: SampleRequest, x: Tensor,
+                randn: Randn) -> Steps:
+    """The request's sampler, with its own options and guidance, from x [N, 1, H, W] on; labels int64 [N]."""
+    options = request.options
+    special = {name: getattr(options, name) for name, sampler in SAMPLER_OF.items() if sampler == options.sampler}
+    denoise = make_denoiser(network, schedule, labels, request.guidance, request.interval)
+    return SAMPLERS[options.sampler](denoise, schedule, x, request.timesteps, randn, **special)
 
 
 def choose_labels(digits: str | None, seed: int, indices: Sequence[int], classes: Sequence[int]) -> Tensor:
@@ -197,7 +240,7 @@ def provenance(model: LoadedModel, request: SampleRequest) -> dict[str, str]:
     knobs = {name: str(getattr(request.options, name)) for name in (*SAMPLING, "digits")
              if not name.startswith("guidance")}
     return {"weights": model.digest, "trained_on": str(model.data.get("name", "unknown")), "step": str(model.step),
-            "seed": str(request.seed), "guidance": f"{request.guidance:g}",
+            "seed": str(request.seed), "images": str(len(request.indices)), "guidance": f"{request.guidance:g}",
             "guidance_interval": "{:g} {:g}".format(*request.interval), **knobs}
 
 
@@ -215,7 +258,7 @@ def sample_images(model: LoadedModel, request: SampleRequest, shown: int = 0,
     mine = list(chunks.values())[runtime.rank::runtime.world]
 
     def work() -> tuple[Tensor, Tensor]:
-        images = torch.zeros(len(request.indices), 1, 28, 28)
+        images = torch.zeros(len(request.indices), 1, 28, 28, dtype=torch.float32)
         states = torch.zeros(len(request.timesteps), min(shown, len(images)), 1, 28, 28, dtype=torch.uint8)
         bar = tqdm(total=len(mine) * len(request.timesteps), desc="sampling", unit="step", leave=False,
                    disable=not (progress and runtime.rank == 0))
@@ -242,18 +285,16 @@ def _chunk_states(model: LoadedModel, request: SampleRequest) -> Iterator[Tensor
     labels = torch.full((runtime.chunk,), NO_LABEL).index_copy(0, slots, request.labels).to(runtime.device)
 
     def randn() -> Tensor:
-        noise = torch.stack([torch.randn(1, 28, 28, generator=g) for g in generators])
-        return torch.zeros(runtime.chunk, 1, 28, 28).index_copy(0, slots, noise).to(runtime.device)
+        noise = torch.stack([torch.randn(1, 28, 28, generator=g, dtype=torch.float32) for g in generators])
+        return noise.new_zeros(runtime.chunk, 1, 28, 28).index_copy(0, slots, noise).to(runtime.device)
 
-    options = request.options
-    denoise = make_denoiser(model.network, model.schedule, labels, request.guidance, request.interval)
-    own_options = {name: getattr(options, name) for name, sampler in SAMPLER_OF.items() if sampler == options.sampler}
     x = randn()
     yield x[slots]
-    for s, x, _ in SAMPLERS[options.sampler](denoise, model.schedule, x, request.timesteps, randn, **own_options):
+    for s, x, _ in run_sampler(model.network, model.schedule, labels, request, x, randn):
         if not torch.isfinite(x).all():
-            raise UserError(f"the images stopped being finite at t = {s} of {request.timesteps[0]} ({options.sampler}, "
-                            f"{options.steps} steps): try --precision fp32, a lower --guidance or another checkpoint")
+            raise UserError(f"the images stopped being finite at t = {s} of {request.timesteps[0]} ("
+                            f"{request.options.sampler}, {request.options.steps} steps): try --precision fp32, a lower "
+                            "--guidance or another checkpoint")
         yield x[slots]
 
 
@@ -261,15 +302,27 @@ def main(config: Config, runtime: Runtime) -> None:
     """Samples from a checkpoint as config.sample says, and writes pictures and arrays to its results folder."""
     config = selection.settle(config, runtime)
     model = load_checkpoint(cast(Path, config.sample.checkpoint), runtime)
-    options = replace(config.sample, digits=config.sample.write or config.sample.digits)
-    count = len(config.sample.write or "") or options.num_images or 256
-    request = make_request(model, options, config.seed, count)
+    request = request_of(model, config)
     announce(model, request)
     folder = selection.results_folder(model.path, model.digest)
     runtime.on_rank0(lambda: make_folder(folder) and None)
     images, states = sample_images(model, request, SHOWN, progress=True)
     for path in runtime.on_rank0(lambda: write_images(folder, to_uint8(images), model, request, states)):
         runtime.say(f"  {path}")
+
+
+def request_of(model: LoadedModel, config: Config) -> SampleRequest:
+    """What mode sample samples."""
+    options = replace(config.sample, digits=config.sample.write or config.sample.digits)
+    return make_request(model, options, config.seed, len(config.sample.write or "") or options.num_images or 256)
+
+
+def is_written(model: LoadedModel, request: SampleRequest) -> bool:
+    """Whether the model's results folder holds the pictures and arrays of this request."""
+    folder = selection.results_folder(model.path, model.digest)
+    first, last = folder / "sample.png", folder / "samples.npz"  # in the order in which they are written
+    return (plots.metadata_of(first) == provenance(model, request) and last.exists()
+            and last.stat().st_mtime >= first.stat().st_mtime)
 
 
 def announce(model: LoadedModel, request: SampleRequest) -> None:
@@ -283,7 +336,7 @@ def announce(model: LoadedModel, request: SampleRequest) -> None:
 def write_images(folder: Path, images: Tensor, model: LoadedModel, request: SampleRequest,
                  states: Tensor) -> list[Path]:
     """Writes pictures and arrays, and returns their paths. Warns if the images don't look like the training images."""
-    warn_if_broken(images, model.data)
+    plots.warn_if_broken(images, model.data)
     options, source = request.options, provenance(model, request)
     arrays = images.permute(0, 2, 3, 1).numpy(), request.labels.numpy()  # in the convention of OpenAI's evaluators
     # Evenly spaced states, with both ends.
@@ -299,10 +352,3 @@ def write_images(folder: Path, images: Tensor, model: LoadedModel, request: Samp
     if options.write is not None:
         writers = {"number.png": lambda path: plots.save_number(path, images, source)}
     return write_results(folder, writers)
-
-
-def warn_if_broken(images: Tensor, data: dict[str, Any]) -> None:
-    """Warns if images look nothing like the data that the network was trained on."""
-    if problem := plots.looks_broken(images, **{key: data[key] for key in ("mean", "std") if key in data}):
-        print(f"WARNING: these images do not look like {data.get('name', 'the training images')} ({problem}). Was the "
-              "network trained long enough, with a falling loss?", flush=True)

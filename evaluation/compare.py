@@ -24,7 +24,7 @@ from evaluation.differences import Difference, compare_networks, compare_trainin
 from evaluation.evaluate import image_count, require_training_images
 from evaluation.reference import DECIDING, Baseline, Estimates, Reference, make_reference, rows
 from evaluation.tables import aligned
-from sample import LoadedModel, SampleRequest, load_checkpoint, make_request, provenance, sample_images, warn_if_broken
+from sample import LoadedModel, SampleRequest, load_checkpoint, make_request, provenance, sample_images
 from support import loading, plots, selection, settings
 from support.files import make_folder, write_atomically, write_results
 from support.runtime import Runtime
@@ -91,7 +91,7 @@ def load_images(sides: Sequence[Side], config: Config,
                 runtime: Runtime) -> tuple[Config, LabelledImages, LabelledImages]:
     """The config with its data set decided, and the training and test images; raises UserError if they don't fit."""
     model = require_same_images(sides)
-    known = selection.data_name(model.path) if config.dataset == "auto" else None
+    known = selection.data_name(model.path, config) if config.dataset == "auto" else None
     config = selection.settle(replace(config, dataset=cast(Any, known or config.dataset)), runtime)
     train, test = loading.load_both(config, runtime)
     require_training_images(model, describe(train, config.dataset), explicit=False)
@@ -144,7 +144,7 @@ def sample_side(side: Side) -> list[Tensor]:
 def measure_side(side: Side, images: Sequence[Tensor], reference: Reference) -> list[Estimates]:
     """The metrics of each of its networks; warns of images that are plainly broken."""
     for model, sampled in zip(side.models, images):
-        warn_if_broken(sampled, model.data)
+        plots.warn_if_broken(sampled, model.data)
     return [reference.measure(sampled, request.labels).estimates for sampled, request in zip(images, side.requests)]
 
 

@@ -20,3 +20,12 @@ def register(path: str) -> None:
 def digest(name: str) -> str:
     """16 hex digits of a file as it is now, which in a notebook may not be what was imported."""
     return hashlib.sha256((ROOT / name).read_text("utf-8").encode()).hexdigest()[:16]
+
+
+def edited() -> list[str]:
+    """Files that are no longer what was imported, as in a notebook that goes on after an edit; config.py among them."""
+    imported = {**IMPORTED, "config.py": CONFIG}
+    return [name for name, text in imported.items() if not (ROOT / name).is_file() or digest(name) != text]
+
+
+CONFIG = digest("config.py")

@@ -7,7 +7,7 @@ appear whole or not at all, in folders that are there, and carry `metadata` as P
 import os
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -214,6 +214,13 @@ def looks_broken(images: ArrayLike, mean: float = 0.1307, std: float = 0.3081) -
     return "static" if correlation < 0.5 else "washed out" if pixels.mean() > mean + std else None
 
 
+def warn_if_broken(images: ArrayLike, data: Mapping[str, Any]) -> None:
+    """Warns if images look nothing like the data that the network was trained on."""
+    if problem := looks_broken(images, **{key: data[key] for key in ("mean", "std") if key in data}):
+        print(f"WARNING: these images do not look like {data.get('name', 'the training images')} ({problem}). Was the "
+              "network trained long enough, with a falling loss?", flush=True)
+
+
 def _tiles(images: ArrayLike, scale: int = 1) -> np.ndarray:
     """[..., h, w] -> [N, scale * h, scale * w]."""
     array = np.asarray(images)
@@ -260,6 +267,13 @@ def open_figure(path: Path, width: int, height: int, metadata: Mapping[str, str]
         figure = matplotlib.figure.Figure((width / DPI, height / DPI), layout="constrained")
         yield figure
         write_atomically(path, lambda file: figure.savefig(file, metadata={"Software": None, **metadata}))
+
+
+def metadata_of(path: Path) -> dict[str, str] | None:
+    """The metadata of a PNG that was saved here; None for a file that is no such picture."""
+    with suppress(OSError, SyntaxError, ValueError), Image.open(path) as image:
+        return getattr(image, "text", None)
+    return None
 
 
 def _save_png(path: Path, pixels: ArrayLike, metadata: Mapping[str, str]) -> None:

@@ -34,20 +34,22 @@ def settle(config: Config, runtime: Runtime) -> Config:
     elif config.mode == "train" and config.name is not None and not config.train.fresh:
         path = run_path(config.name)
     if config.dataset == "auto" and config.mode != "sample":
-        known = runtime.on_rank0(lambda: data_name(path)) if path is not None and os.path.isfile(path) else None
-        if known == "generated" and config.mode == "train" and config.data_dir is not None:
-            known = None  # a folder that was asked for is never ignored
+        known = runtime.on_rank0(lambda: data_name(path, config)) if path is not None and os.path.isfile(path) else None
         config = replace(config, dataset=known or runtime.on_rank0(lambda: _mnist_or_generated(config)))
     if config.dataset == "idx" and config.data_dir is None and config.mode != "sample":
         raise UserError("--dataset idx: say with --data-dir in which folder its four IDX files are")
     return replace(config, name=config.name or config.dataset) if config.mode == "train" else config
 
 
-def data_name(path: Path) -> str | None:
-    """The --dataset on which a checkpoint was trained, None if this version does not have it."""
+def data_name(path: Path, config: Config) -> str | None:
+    """The --dataset on which a checkpoint was trained, None if this version does not have it.
+
+    Also None for the generated digits where --data-dir, which they don't use, was given: it is never ignored.
+    """
     data = checkpoint.load(path)["history"].get("data")
     name = data.get("name") if isinstance(data, dict) else None
-    return name if name in (*SOURCES, "generated", "idx") else None
+    usable = (*SOURCES, "idx") if config.data_dir is not None else (*SOURCES, "idx", "generated")
+    return name if name in usable else None
 
 
 def _mnist_or_generated(config: Config) -> str:

@@ -7,7 +7,10 @@ import contextlib
 import functools
 import io
 import json
+import os
 import re
+import shutil
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, fields, is_dataclass, replace
 from typing import Any, get_type_hints
 
@@ -26,6 +29,7 @@ ADAPTER = TypeAdapter(Config)
 GROUPS = {part.name: part.type for part in fields(Config) if is_dataclass(part.type)}
 KNOBS = {name: "" for name in Config.__dataclass_fields__ if name not in GROUPS} | {
     name: group for group, kind in GROUPS.items() for name in kind.__dataclass_fields__}  # name -> group
+SWITCHES = {knob.name for group in GROUPS.values() for knob in fields(group) if knob.type is bool}
 STORED = ("dataset", "seed", "precision", "model", "diffusion", "train")  # what a checkpoint keeps of its config
 # What the code did before a knob existed: its value for a checkpoint that lacks the knob, in place of the default.
 LEGACY = {"model": {}, "diffusion": {}, "train": {"clip_loss": False, "focus": 0.0}}
@@ -37,46 +41,87 @@ SAMPLER_OF = {name: mark.sampler for name, kind in get_type_hints(SampleConfig, 
 SAMPLING = tuple(name for name in SampleConfig.__dataclass_fields__
                  if name not in ("num_images", "digits", "write", "checkpoint"))
 RESERVED = ("pretrained", "shipped", "compare", "classifiers")  # folders of the project, not names for runs
-EXCLUSIVE = (("name", "checkpoint"), ("digits", "write"), ("num_images", "write"), ("epochs", "minutes"))  # one decides
+# A flag that has no effect beside the second one, and in which modes.
+EXCLUSIVE = (("name", "checkpoint", ("sample", "evaluate")), ("dataset", "checkpoint", ("sample",)),
+             ("dataset", "name", ("sample",)), ("digits", "write", ("sample",)), ("num_images", "write", ("sample",)),
+             ("epochs", "minutes", ("train",)))
 # Knobs whose edited defaults yield, to these values, if one of these flags is given.
 YIELDING = (("checkpoint", None, ("name", "dataset")), ("write", None, ("digits", "num_images")),
             ("minutes", None, ("epochs",)),
             *((name, getattr(SampleConfig, name), ("sampler",)) for name in SAMPLER_OF))
 # The modes that use a knob, or all knobs of a group; what is not listed, all modes use.
 USED_BY = {"model": ("train",), "diffusion": ("train",), "train": ("train",), "runs": ("compare",),
-           "name": ("train", "sample", "evaluate"), "write": ("sample",), "checkpoint": ("sample", "evaluate")}
+           "name": ("train", "sample", "evaluate"), "write": ("sample",), "checkpoint": ("sample", "evaluate"),
+           "data_dir": ("train", "evaluate", "compare"), "compile": ("train",)}
 
 
 def parse(argv: list[str], defaults: Config | None = None) -> Config:
     """Config from the flags; a knob without a flag has the default given here, else the one above.
 
-    Raises UserError for a bad flag and for one that the mode does not use, SystemExit(0) after --help.
+    Raises UserError for a bad flag and for one that has no effect, SystemExit(0) after --help.
     """
-    box = io.StringIO()
+    argv = _switches(argv)
+    cli = functools.partial(tyro.cli, tyro.conf.OmitArgPrefixes[tyro.conf.DisallowNone[Config]], args=argv,
+                            prog="run.py", description=Config.__doc__, default=defaults or Config())
+    said = io.StringIO()  # no terminal, for which tyro would colour and fold its text
     try:
-        with contextlib.redirect_stderr(box):
-            config = tyro.cli(tyro.conf.OmitArgPrefixes[tyro.conf.DisallowNone[Config]], args=argv, prog="run.py",
-                              description=Config.__doc__, default=defaults or Config())
+        with _terminal_width(10_000), contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+            config = cli()
     except SystemExit as stop:
-        if stop.code == 0:  # --help
-            print(EXAMPLES)
-            raise
-        raise UserError(_one_line(box.getvalue())) from None
+        if stop.code != 0:
+            raise UserError(_message(said.getvalue())) from None
+        with _terminal_width(max(40, shutil.get_terminal_size().columns)), contextlib.suppress(SystemExit):
+            cli()  # --help, as this terminal shows it; in five columns tyro's text has no end
+        print(EXAMPLES)
+        raise
     names = given(argv)
-    for name, other in EXCLUSIVE:
-        if name in names and other in names:
-            raise UserError(f"{_flag(name)}: it has no effect beside {_flag(other)}; leave one of the two out")
     for name in names:
         modes = USED_BY.get(name, USED_BY.get(KNOBS[name], (config.mode,)))
         if config.mode not in modes:
-            stored_one = modes == ("train",) and name not in CHANGEABLE_ON_RESUME
-            why = ("the checkpoint's own settings decide it" if stored_one else
-                   f"it is for --mode {' and '.join(modes)}")
+            decided = KNOBS[name] in STORED and name not in CHANGEABLE_ON_RESUME
+            why = "the checkpoint's own settings decide it" if decided else f"it is for --mode {_and(modes)}"
+            if (name, config.mode) == ("checkpoint", "train"):
+                why = f"training starts from random weights; {why}"
             raise UserError(f"{_flag(name)}: --mode {config.mode} does not use it, since {why}; leave it out")
+    for name, deciding, modes in EXCLUSIVE:
+        if name in names and deciding in names and config.mode in modes:
+            raise UserError(f"{_flag(name)}: it has no effect beside {_flag(deciding)}; leave one of the two out")
+    if "data_dir" in names and config.dataset == "generated":
+        raise UserError("--data-dir: it has no effect, since the generated digits ship with the project; leave it out, "
+                        "or choose another --dataset")
     yielding: Any = {name: value for name, value, flags in YIELDING if name not in names and set(names) & set(flags)}
     parts = {group: replace(getattr(config, group), **{
         name: value for name, value in yielding.items() if KNOBS[name] == group}) for group in GROUPS}
     return validate(replace(config, **parts))
+
+
+def _switches(argv: list[str]) -> list[str]:
+    """The flags with --fresh=False, or --fresh False, as sweep tools write it, as --no-fresh."""
+    words: list[str] = []
+    for word in argv:
+        if word.lower() in ("true", "false") and words and _knob(words[-1]) in SWITCHES:
+            word = f"{words.pop()}={word}"
+        flag, equals, value = word.partition("=")
+        if equals and (name := _knob(flag).removeprefix("no_")) in SWITCHES:
+            on, off = _flag(name), _flag(f"no_{name}")
+            if _knob(flag) != name or value.lower() not in ("true", "false"):
+                raise UserError(f"{word}: write {on} or {off}")
+            word = on if value.lower() == "true" else off
+        words.append(word)
+    return words
+
+
+@contextlib.contextmanager
+def _terminal_width(columns: int) -> Iterator[None]:
+    """Within the block Python takes the terminal to be that wide."""
+    before = os.environ.get("COLUMNS")
+    os.environ["COLUMNS"] = str(columns)
+    try:
+        yield
+    finally:
+        del os.environ["COLUMNS"]
+        if before is not None:
+            os.environ["COLUMNS"] = before
 
 
 def given(argv: list[str]) -> list[str]:
@@ -164,9 +209,18 @@ def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+def _and(words: Sequence[str]) -> str:
+    return " and ".join(", ".join(words).rsplit(", ", 1))
+
+
+def _knob(flag: str) -> str:
+    return flag.removeprefix("--").replace("-", "_")
+
+
 def _plain(config: Config) -> dict[str, Any]:
     """Nested dict of the plain values that JSON has; inf stays."""
-    return json.loads(json.dumps(asdict(config), default=str))
+    return json.loads(json.dumps(asdict(config), default=lambda value: value.tolist() if hasattr(value, "tolist") else
+                                 str(value)))  # numpy's numbers, from a script, and paths
 
 
 def _checked(values: dict[str, Any]) -> Config:
@@ -190,14 +244,16 @@ def _show(value: Any) -> str:
     return text if text and text.isprintable() and len(text) < 200 else f"{text!r:.200}"
 
 
-def _one_line(box: str) -> str:
-    """The message in tyro's box, which holds a title, the message and advice, between rules or, in ASCII, dashes."""
-    lines = [line.strip("│| ") for line in box.splitlines()[1:]]
-    text = "\n".join(line if set(line) - set("─-╰╯") else "" for line in lines).strip()
-    message, *advice = (" ".join(part.split()) for part in text.split("\n\n"))
-    message = message.rstrip(".")
-    options = re.findall("--(?!help)[a-z-]+", " ".join(advice))
+def _message(text: str) -> str:
+    """The message in tyro's plain text, which has a title, the message, advice and a footer between rules of dashes."""
+    _, message, *advice, _ = (part.strip() for part in re.split("(?m)^ *-+ *$", text))
+    options = re.findall("(?m)^ *(--[a-z-]+)(.*)", "\n".join(advice))
+    message = message.split("\n")[0].rstrip(".")
+    hint = ""
     if mode := re.fullmatch("Unrecognized options: (train|sample|evaluate|compare)", message):
-        return f"{message}. Perhaps you meant --mode {mode[1]}. See python run.py --help"
-    hint = f" Perhaps you meant {options[0]}." if message.startswith("Unrecognized") and options else ""
+        hint = f" Perhaps you meant --mode {mode[1]}."
+    elif options and message.startswith("Unrecognized"):
+        hint = f" Perhaps you meant {options[0][0]}."
+    elif options and message.startswith("Error parsing"):  # what follows is Python's, about types
+        message = f"Error parsing {options[0][0]}: it takes{options[0][1]}".rstrip()
     return f"{message}.{hint} See python run.py --help"

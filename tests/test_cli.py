@@ -1,12 +1,18 @@
 """The command line: bad input gets one line and status 2, at once; --help lists every field; defaults can be edited."""
 
+import contextlib
 import dataclasses
+import fcntl
 import json
 import os
+import pty
 import re
 import shutil
+import struct
 import subprocess
 import sys
+import termios
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -111,11 +117,19 @@ BAD_FLAGS = [
     (["--grad-clip", "nan"], "--grad-clip nan"),
     (["--device", "tpu"], "--device tpu"),
     (["--device", "cuda:x"], "--device cuda:x"),
+    (["--device", "cuda:01"], "--device cuda:01: use auto, cpu, mps, cuda or cuda:N"),
+    (["--device", "cuda:128"], "--device cuda:128"),
     (["--precision", "fp8"], "--precision"),
     (["--compile", "maybe"], "--compile"),
     (["--dataset", "cifar"], "--dataset"),
     (["--fresh", "maybe"], "maybe"),
+    (["--fresh=maybe"], "--fresh=maybe: write --fresh or --no-fresh"),
+    (["--no_clip_loss=True"], "--no_clip_loss=True: write --clip-loss or --no-clip-loss"),
     (["--sweep=3"], "Unrecognized options: --sweep=3. See"),
+    (["--name", "a" * 300, "stray" * 60], f"Unrecognized options: {'stray' * 60}. See"),
+    (["--runs", "a"], "--runs: it takes A B. See"),
+    (["--checkpoint", "pretrained", "--name", "ft"], "training starts from random weights"),
+    (["--dataset", "generated", "--data-dir", "x"], "--data-dir: it has no effect"),
 ]
 
 
@@ -145,6 +159,54 @@ def test_bad_flag_is_answered_before_torch_is_imported() -> None:
 def test_real_process_gives_status_2_and_no_traceback() -> None:
     process = subprocess.run([sys.executable, "run.py", "--mode", "sampel"], cwd=ROOT, capture_output=True, text=True)
     assert process.returncode == 2 and one_line(process.stderr).startswith("error: ") and not process.stdout
+
+
+def in_terminal(flags: list[str], columns: int, **environment: str) -> tuple[int, str]:
+    """The exit status, and what is seen in a terminal of that width, where standard output is one too."""
+    terminal, end = pty.openpty()
+    fcntl.ioctl(end, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    inherited = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES", "NO_COLOR")}
+    process = subprocess.Popen([sys.executable, "run.py", *flags], cwd=ROOT, stdin=end, stdout=end, stderr=end,
+                               env={**inherited, "TERM": "xterm-256color", **environment})
+    os.close(end)
+    output, watchdog = b"", threading.Timer(60, process.kill)
+    watchdog.start()
+    with contextlib.suppress(OSError):  # of a terminal whose last process is gone
+        while piece := os.read(terminal, 1 << 16):
+            output += piece
+    os.close(terminal)
+    status = process.wait()
+    watchdog.cancel()
+    return status, output.decode().replace("\r\n", "\n")
+
+
+@pytest.mark.parametrize("flags, line", [
+    (["--sampler", "heun"], "error: invalid choice 'heun' for argument '--sampler'. Expected one of "
+                            "('ddpm', 'ddim', 'dpmpp', 'sa'). See python run.py --help\n"),
+    (["--moode", "train"], "error: Unrecognized options: --moode, train. Perhaps you meant --mode. See python run.py "
+                           "--help\n"),
+    (["--mode"], "error: Missing value for argument '--mode'. Expected 1 values. See python run.py --help\n"),
+    (["sample"], "error: Unrecognized options: sample. Perhaps you meant --mode sample. See python run.py --help\n"),
+    (["--steps", "ten"], "error: Error parsing --steps: it takes INT. See python run.py --help\n")])
+def test_a_bad_flag_is_answered_in_plain_text_in_a_terminal(flags: list[str], line: str) -> None:
+    """However wide the terminal is, and whether colours are forced or not."""
+    for columns, forced in ((80, {}), (9, {"FORCE_COLOR": "1", "CLICOLOR_FORCE": "1"})):
+        assert in_terminal(flags, columns, **forced) == (2, line)
+
+
+def test_help_ends_in_a_terminal_of_any_width() -> None:
+    """In up to five columns tyro's text had no end, and filled the memory."""
+    for columns in (1, 5, 80):
+        status, text = in_terminal(["--help"], columns)
+        assert status == 0 and "--guidance-interval" in text and text.endswith("from that run\n")
+
+
+@pytest.mark.parametrize("flags, expected", [
+    (["--clip_loss=False", "--fresh=true"], (False, True)), (["--clip-loss", "False", "--steps", "3"], (False, False)),
+    (["--clip_loss=True", "--fresh", "FALSE"], (True, False)), (["--no-clip-loss", "--fresh"], (False, True))])
+def test_switches_as_sweep_tools_write_them(flags: list[str], expected: tuple[bool, bool]) -> None:
+    train = settings.parse(flags).train
+    assert (train.clip_loss, train.fresh) == expected
 
 
 def test_help_lists_every_field_with_its_default() -> None:
@@ -181,8 +243,8 @@ A_FLAG_OF_EACH_GROUP = {"--channels": ["8", "8", "8"], "--schedule": ["linear"],
                         "--name": ["x"], "--dataset": ["kmnist"], "--data-dir": ["x"], "--seed": ["1"],
                         "--device": ["cpu"], "--precision": ["fp32"], "--compile": ["off"]}
 TRAINING = {"--channels", "--schedule", "--prediction", "--weighting", "--lr", "--no-clip-loss", "--epochs", "--fresh",
-            "--same-code"}
-REFUSED = {"train": {"--write", "--checkpoint", "--runs"}, "sample": TRAINING | {"--runs"},
+            "--same-code", "--compile"}
+REFUSED = {"train": {"--write", "--checkpoint", "--runs"}, "sample": TRAINING | {"--runs", "--data-dir"},
            "evaluate": TRAINING | {"--write", "--runs"},
            "compare": TRAINING | {"--name", "--write", "--checkpoint"}}
 
@@ -203,6 +265,8 @@ def test_the_reason_names_the_checkpoint_or_the_mode() -> None:
     for flags, reason in ((["--schedule=linear"], "the checkpoint's own settings decide it"),
                           (["--grad_clip", "inf"], "the checkpoint's own settings decide it"),
                           (["--fresh"], "it is for --mode train"), (["--minutes=3"], "it is for --mode train"),
+                          (["--compile", "on"], "it is for --mode train"),
+                          (["--data-dir", "x"], "it is for --mode train, evaluate and compare"),
                           (["--runs", "a", "b"], "it is for --mode compare")):
         with pytest.raises(UserError, match=f"since {reason}"):
             settings.parse(["--mode", "sample", *flags])
@@ -448,7 +512,8 @@ def test_mnist_is_looked_for_here_and_then_beside_the_code(own_folder: Path, mon
 
 
 @pytest.mark.parametrize("flags", [
-    ["--name", "mine", "--checkpoint", "pretrained"], ["--write", "12", "--digits", "7"],
+    ["--name", "mine", "--checkpoint", "pretrained"], ["--dataset", "kmnist", "--checkpoint", "pretrained"],
+    ["--dataset", "kmnist", "--name", "mine"], ["--write", "12", "--digits", "7"],
     ["--write", "12", "--num-images", "9"], ["--guidance", "1", "--guidance-interval", "0", "1"],
     ["--digits", "none", "--guidance-interval", "0", "1"], ["--minutes", "5", "--epochs", "3"]])
 def test_a_flag_that_another_one_makes_useless_is_refused(flags: list[str]) -> None:

@@ -95,6 +95,8 @@ def test_more_steps_than_noise_levels(there: Path, capsys: pytest.CaptureFixture
 
 def test_a_finished_run_says_what_to_do(there: Path, idx_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = (there / "checkpoints/idx/last.safetensors").read_bytes()
+    assert main([*RUN, *SAMPLING, "--data-dir", str(idx_folder)]) == 0  # samples if others have been sampled since
+    capsys.readouterr()
     for epochs in ("2", "1"):
         assert main([*RUN, *SAMPLING, "--data-dir", str(idx_folder), "--epochs", epochs]) == 0
         output = capsys.readouterr().out
@@ -233,7 +235,7 @@ def test_two_processes_learn_what_one_does(uninterrupted: Done, idx_folder: Path
 
 
 def test_two_processes_sample_what_one_does(uninterrupted: Done, tmp_path: Path) -> None:
-    flags = ["--mode", "sample", "--dataset", "idx", "--steps", "3", "--num-images", "130", "--device", "cpu",
+    flags = ["--mode", "sample", "--steps", "3", "--num-images", "130", "--device", "cpu",
              "--checkpoint", str(uninterrupted.folder / "checkpoints/idx/last.safetensors")]
     for name in ("one", "two"):
         (tmp_path / name).mkdir()

@@ -135,9 +135,10 @@ def test_a_run_with_a_name_is_found_by_it_and_remembers_its_data(own_run: Path) 
     assert selection.settle(settings.parse(["--mode", "sample"]), CPU).sample.checkpoint == selection.PRETRAINED
 
 
-def test_a_folder_that_was_asked_for_is_never_passed_over(own_run: Path, idx_folder: Path) -> None:
+@pytest.mark.parametrize("mode", ["train", "evaluate"])
+def test_a_folder_that_was_asked_for_is_never_passed_over(mode: str, own_run: Path, idx_folder: Path) -> None:
     """Not even where the run of that name is one of generated digits."""
-    config = settings.parse(["--name", "generated", "--data-dir", str(idx_folder)])
+    config = settings.parse(["--mode", mode, "--name", "generated", "--data-dir", str(idx_folder)])
     with pytest.raises(UserError, match="MNIST is not in .*can't be downloaded"):
         selection.settle(config, CPU)
 

@@ -276,6 +276,43 @@ def test_a_run_that_was_killed_while_sampling_samples(there: Path, flags: list[s
     assert LAST.read_bytes() == before and learned(there)["pictures"] == pictures
 
 
+def test_a_finished_run_samples_what_is_asked_for_next(there: Path, flags: list[str], capsys: Capture) -> None:
+    """And only if these images are not there already."""
+    before, samples = LAST.read_bytes(), Path("results/idx/samples.npz")
+    for change in (["--digits", "7", "--num-images", "9"], ["--digits", "7", "--num-images", "4"], ["--spacing",
+                   "trailing"]):
+        capsys.readouterr()
+        assert main([*flags, *change]) == 0 and str(samples) in capsys.readouterr().out
+        if "--digits" in change:
+            assert np.load(samples)["arr_1"].tolist() == [7] * int(change[-1])
+        assert main([*flags, *change]) == 0
+        assert "is finished" in (output := capsys.readouterr().out) and str(samples) not in output
+    assert LAST.read_bytes() == before
+
+
+def test_a_run_of_code_that_was_edited_after_its_import_says_so(own_folder: Path, flags: list[str]) -> None:
+    """As in a notebook, which imports once and trains again after an edit."""
+    copy = own_folder / "copy"
+    shutil.copytree(ROOT, copy, ignore=lambda _, names: {*names} - {"support", "training"} - {
+        name for name in names if name.endswith(".py")})
+    cells = f"""
+import pathlib, run, support.plots
+support.plots.save_losses = lambda *_, **__: None
+flags = {[*flags, "--epochs", "1", "--steps", "1", "--num-images", "1"]!r}
+run.main(flags)
+for name in ("config.py", "training/optimizer.py"):
+    with pathlib.Path({str(copy)!r}, name).open("a") as file:
+        file.write("# edited")
+print("EDITED", run.main([*flags, "--fresh"]))
+"""
+    process = subprocess.run([sys.executable, "-c", cells], cwd=own_folder, capture_output=True, text=True,
+                             env={**os.environ, "PYTHONPATH": str(copy), "OMP_NUM_THREADS": "1"})
+    notes = [line for line in process.stdout.splitlines() if "imported" in line]
+    assert process.stdout.endswith("EDITED 0\n") and notes == [
+        "note: training/optimizer.py, config.py changed since Python imported it, and this run goes by what was "
+        "imported. To use the change, restart the notebook's kernel or the program."]
+
+
 @pytest.mark.parametrize("schedule, end", [("linear", "falls to zero"), ("constant", "stays there")])
 def test_more_epochs_extend_a_run_and_say_what_the_rate_does(schedule: str, end: str, own_folder: Path,
                                                              flags: list[str], capsys: Capture) -> None:
@@ -376,7 +413,8 @@ def test_a_damaged_checkpoint_is_named_kept_and_the_one_before_offered(mode: str
     assert str(LAST) in line and str(PREVIOUS) in line
     assert files == {path: path.read_bytes() for path in LAST.parent.iterdir()}
     if mode == "sample":
-        assert main([*arguments, "--checkpoint", str(PREVIOUS)]) == 0
+        assert main(["--checkpoint" if word == "--dataset" else str(PREVIOUS) if word == "idx" else word
+                     for word in arguments]) == 0
     else:
         LAST.unlink()
         assert str(PREVIOUS) in refused(arguments, capsys)  # not a silent start from nothing
@@ -738,8 +776,9 @@ def test_help_whose_reader_leaves_early() -> None:
 def test_ctrl_c_ends_the_other_modes_too(mode: str, there: Path) -> None:
     changes = {"evaluation.reference.load_classifier": hang} if mode == "evaluate" else {}
     number = "1000" if mode == "evaluate" else "100000"
-    program = start(there, "--mode", mode, "--name", "idx", "--dataset", "generated", "--device", "cpu",
-                    "--num-images", number, "--steps", "100", changes=changes)
+    data = ["--dataset", "generated"] if mode == "evaluate" else []
+    program = start(there, "--mode", mode, "--name", "idx", *data, "--device", "cpu", "--num-images", number,
+                    "--steps", "100", changes=changes)
     program.wait_for(lambda: re.search(r" [1-9]\d*/\d", program.errors) or "hanging" in program.errors)
     program.signal(signal.SIGINT)
     assert "  results" not in program.finish(130) and not program.lines()
@@ -784,13 +823,14 @@ def test_all_processes_leave_together_with_one_line(there: Path, flags: list[str
     assert "last.safetensors" in end_alike(start_ranks(there, 2, *flags, "--epochs", "3"))
 
 
-@pytest.mark.parametrize("mode, failing", [("evaluate", "report"), ("evaluate", "make_reference"),
-                                           ("compare", "report"), ("compare", "warn_if_broken")])
+@pytest.mark.parametrize("mode, failing", [
+    ("evaluate", "evaluation.evaluate.report"), ("evaluate", "evaluation.evaluate.make_reference"),
+    ("compare", "evaluation.compare.report"), ("compare", "support.plots.warn_if_broken")])
 def test_a_failure_of_the_first_process_ends_all(mode: str, failing: str, there: Path, flags: list[str]) -> None:
     """Of the measuring modes, which measure in that one alone while the others wait."""
     module = f"evaluation.{mode}"
     changes = {f"{module}.make_reference": measures_nothing, f"{module}.sample_images": only_zeros,
-               f"{module}.{failing}": report_badly}
+               failing: report_badly}
     if mode == "compare":
         changes["evaluation.statistics.FEWEST_FOR_ERRORS"] = 16
     own = ["--name", "idx"] if mode == "evaluate" else ["--runs", "idx", f"{PREVIOUS}"]

@@ -1,7 +1,10 @@
 """Sampling: an image and its label follow from (seed, index) alone; what is asked for; and the API for scripts."""
 
 import os
+import subprocess
+import sys
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -21,9 +24,10 @@ from sample import (
     provenance,
     sample_images,
 )
-from samplers import spaced_timesteps
+from samplers import SAMPLERS, spaced_timesteps
 from support import checkpoint, settings
 from support.runtime import Runtime
+from tests.conftest import ROOT
 
 CPU = Runtime(torch.device("cpu"), bf16=False, compile=False)
 OPTIONS = SampleConfig(sampler="dpmpp", steps=3, spacing="trailing", guidance=1.0, guidance_interval=(0.0, 1.0))
@@ -39,8 +43,7 @@ def model_of(network, schedule, label_dropout=0.1, counts=None):
 
 def sampled(network, schedule, options, seed, indices, labels, shown=0):
     timesteps = spaced_timesteps(schedule.timesteps, options.steps, options.spacing)
-    request = SampleRequest(options, seed, indices, labels, timesteps, options.guidance, options.guidance_interval, "",
-                            options.steps)
+    request = SampleRequest(options, seed, indices, labels, timesteps, options.guidance, options.guidance_interval, "")
     images, states = sample_images(model_of(network, schedule), request, shown)
     return (images, states) if shown else images
 
@@ -323,6 +326,23 @@ def test_guidance_needs_images_with_and_without_labels(network, dropout, digits,
     assert make_request(model, SampleConfig(digits=digits, guidance=1.0), 0, 2).note == ""
 
 
+def test_a_sampler_that_evaluates_twice_a_step_is_counted_right(network, monkeypatch):
+    """Heun's method (arXiv 2206.00364, algorithm 1), whose second evaluation may lie inside the interval or not."""
+    def heun(denoise, schedule, x, timesteps, randn):
+        for t, s in pairwise(timesteps):
+            x0_hat = denoise(x, t)
+            if s > 0:
+                x0_hat = (x0_hat + denoise(x, s)) / 2
+            yield s, x, x0_hat
+
+    monkeypatch.setitem(SAMPLERS, "heun", heun)
+    model = model_of(network, make_schedule(DiffusionConfig()))
+    request = make_request(model, SampleConfig(sampler="heun"), 0, 3)
+    guided, calls = guided_timesteps(model, request)
+    assert guided == [544, 544, 456, 456] and calls == request.evaluations == 2 * 13 - 1 + len(guided)
+    assert request.note == "Guidance 2.1 acts in 2 of 13 steps."
+
+
 def test_images_say_how_they_were_guided(network):
     model = model_of(network, make_schedule(DiffusionConfig()))
     source = provenance(model, make_request(model, SampleConfig(guidance=2.5), 3, 2))
@@ -391,7 +411,8 @@ def test_what_a_script_asks_for_is_checked_as_flags_are(own_folder, capfd):
             ({"guidance_interval": (450, 600)}, "--guidance-interval 450 600"), ({"seed": -1}, "--seed -1"),
             ({"num_images": 0}, "--num-images 0"), ({"labels": "12a"}, "labels '12a'"), ({"labels": ""}, "labels ''"),
             ({"labels": [3, 10]}, r"labels \[3, 10\]"), ({"labels": [-1]}, r"labels \[-1\]"),
-            ({"labels": ["x"]}, "labels"), ({"labels": 7}, "labels 7"), ({"labels": [2.5]}, r"labels \[2.5\]"),
+            ({"labels": ["x"]}, "labels"), ({"labels": 2.5}, "labels 2.5"), ({"labels": 7}, "not trained on class 7"),
+            ({"labels": [2.5]}, r"labels \[2.5\]"),
             ({"labels": "7"}, "not trained on class 7"),
             ({"labels": None, "guidance": 3.0}, "guidance needs labels"), ({"stepz": 3}, "stepz: no option")):
         with pytest.raises(UserError, match=problem) as caught:
@@ -406,6 +427,61 @@ def test_what_a_script_asks_for_is_checked_as_flags_are(own_folder, capfd):
     assert run.main(["--mode", "sample", "--name", "mine", "--digits", "7"]) == 2
     out, errors = capfd.readouterr()
     assert errors.startswith("error: --digits 7: this network was not trained on class 7") and errors.count("\n") == 1
+
+
+def test_a_script_may_give_the_numbers_of_numpy_and_torch(own_folder):
+    write_model(own_folder / "checkpoints" / "mine" / "last.safetensors")
+    model = load_model("mine")
+    plain = model.sample("22", 4, 3, steps=2, guidance=2.0, guidance_interval=(0.25, 1.0))
+    for labels in (np.array([2, 2]), torch.tensor([2, 2]), np.int64(2), 2):
+        given = model.sample(labels, np.int32(4), np.int64(3), steps=np.int64(2), guidance=np.float32(2.0),
+                             guidance_interval=np.array([0.25, 1.0]))
+        np.testing.assert_array_equal(given, plain)
+    np.testing.assert_array_equal(model.sample(2), model.sample("2"))
+    for wrong in ({"steps": np.float64(2.5)}, {"steps": np.bool_(True)}, {"seed": np.int64(-1)},
+                  {"num_images": np.array([1, 2])}):
+        with pytest.raises(UserError, match=f"--{next(iter(wrong)).replace('_', '-')} "):
+            model.sample("2", **wrong)
+
+
+def test_a_script_may_give_any_number_of_labels(own_folder):
+    write_model(own_folder / "checkpoints" / "mine" / "last.safetensors")
+    model = load_model("mine")
+    assert model.sample("02" * 10_000, num_images=2, steps=1).shape == (2, 28, 28)
+    with pytest.raises(UserError, match="not trained on class 7") as caught:
+        model.sample("7" * 20_000, steps=1)
+    assert len(str(caught.value)) < 300
+
+
+def test_the_host_programs_default_dtype_and_device_change_nothing(own_folder):
+    write_model(own_folder / "checkpoints" / "mine" / "last.safetensors")
+    for name, labels, options in (("pretrained", "777", {"steps": 3}), ("mine", "02", {"sampler": "ddpm", "steps": 5}),
+                                  ("mine", None, {"sampler": "ddim", "eta": 0.5, "steps": 5})):
+        plain, trajectory = load_model(name).sample(labels, **options, trajectory=True)
+        try:
+            torch.set_default_dtype(torch.float64)
+            torch.set_default_device("meta")
+            model = load_model(name)
+            images, again = model.sample(labels, **options, trajectory=True)
+            denoised = model.denoiser([2])(torch.zeros(1, 1, 28, 28, dtype=torch.float32, device="cpu"), 50)
+        finally:
+            torch.set_default_dtype(torch.float32)
+            torch.set_default_device(None)
+        assert (denoised.dtype, denoised.device.type) == (torch.float32, "cpu")
+        np.testing.assert_array_equal(images, plain)
+        np.testing.assert_array_equal(again.states, trajectory.states)
+
+
+@pytest.mark.parametrize("entry, name, lines", [
+    ("sample", "config", f"import config; sys.path.insert(0, {str(ROOT)!r})"),
+    ("run", "model", f"sys.path.append({str(ROOT)!r})")], ids=["imported before", "first on the path"])
+def test_modules_of_the_host_program_are_not_taken_for_the_projects(entry, name, lines, own_folder):
+    (own_folder / f"{name}.py").write_text("VALUE = 3")
+    process = subprocess.run([sys.executable, "-c", f"import sys; {lines}; import {entry}"], cwd=own_folder,
+                             capture_output=True, text=True)
+    assert process.stderr.splitlines()[-1] == (
+        f"ImportError: the module {name} is {own_folder / name}.py, not the one in {ROOT}: give yours another name, or "
+        "move it into a package")
 
 
 def test_a_trajectory_goes_from_noise_to_the_images(own_folder):
@@ -448,3 +524,25 @@ def test_a_loop_of_ones_own_needs_the_denoiser_alone(own_folder):
     assert plain.shape == x.shape and torch.equal(outside, plain)
     assert not torch.allclose(guided[0], plain[0], atol=1e-3)
     torch.testing.assert_close(guided[1], plain[1], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("labels, wrong", [([-1], "-1"), ([2, 12], "12"), (np.array([11]), "11"), ([1.5], "1.5")])
+def test_what_is_no_label_is_refused_by_the_denoiser(own_folder, labels, wrong):
+    write_model(own_folder / "checkpoints" / "mine" / "last.safetensors")
+    with pytest.raises(UserError, match=f"label {wrong}: give classes from 0 to 9, or 10 for no label"):
+        load_model("mine").denoiser(labels)
+
+
+def test_what_is_no_time_is_refused_by_the_denoiser(own_folder):
+    write_model(own_folder / "checkpoints" / "mine" / "last.safetensors")
+    denoise = load_model("mine").denoiser([2])
+    for t in (-1, 0, 101):
+        with pytest.raises(UserError, match=f"t = {t}: the network was trained on t from 1 to 100"):
+            denoise(torch.zeros(1, 1, 28, 28), t)
+    for t in (1, 100, np.int64(50)):
+        assert denoise(torch.zeros(1, 1, 28, 28), t).shape == (1, 1, 28, 28)
+
+
+def test_a_model_in_a_notebook_says_in_one_line_what_it_is() -> None:
+    text = repr(load_model("pretrained", device="cpu"))
+    assert text.startswith("LoadedModel(") and "trained on mnist, step " in text and len(text) < 250

@@ -33,6 +33,7 @@ def main(config: Config, runtime: Runtime) -> int:
     state = new_state(config, runtime, *load_both(config, runtime))  # before the folders: a wrong --data-dir makes none
     sample.make_request(current_model(state), config.sample, config.seed, 1)  # as at the end: errors come now
     folder, results = state.path.parent, state.results
+    sampling = replace(config, mode="sample", sample=replace(config.sample, checkpoint=state.path, write=None))
     runtime.on_rank0(lambda: [make_folder(f) and None for f in (folder, results)])
     with contextlib.ExitStack() as held:
         runtime.on_rank0(lambda: held.enter_context(lock(folder)))
@@ -41,8 +42,9 @@ def main(config: Config, runtime: Runtime) -> int:
         resumes = runtime.on_rank0(lambda: selection.run_exists(str(config.name)))
         before = runtime.gather(lambda: resume(state, config.precision))[runtime.rank] if resumes else None
         if before is not None and state.progress(config.train) >= 1:
-            last = results / "samples.npz"  # older than the checkpoint if the run was killed before it sampled
-            if runtime.on_rank0(lambda: last.exists() and last.stat().st_mtime >= state.path.stat().st_mtime):
+            model = sample.load_checkpoint(state.path, runtime)
+            request = sample.request_of(model, sampling)
+            if runtime.on_rank0(lambda: sample.is_written(model, request)):
                 runtime.say(f"The run {config.name} is finished ({state.effort()}, {state.path}). Sample from it with "
                             "--mode sample, extend it with a larger --epochs or --minutes, or start over with --fresh.")
                 return 0
@@ -56,8 +58,7 @@ def main(config: Config, runtime: Runtime) -> int:
     for path in (results / "loss.png", results / "metrics.csv", state.path):
         if path.exists():
             runtime.say(f"  {path}")
-    options = replace(config.sample, checkpoint=state.path, write=None)
-    sample.main(replace(config, mode="sample", sample=options), runtime)
+    sample.main(sampling, runtime)
     return 0
 
 

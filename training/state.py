@@ -51,6 +51,9 @@ class TrainingState:
 
 def new_state(config: Config, runtime: Runtime, train: LabelledImages, test: LabelledImages) -> TrainingState:
     """A run at its start; precision auto becomes what this device is fast at."""
+    if edited := code.edited():
+        runtime.say(f"note: {', '.join(edited)} changed since Python imported it, and this run goes by what was "
+                    "imported. To use the change, restart the notebook's kernel or the program.")
     config = replace(config, precision=runtime.on_rank0(lambda: runtime.training_precision(config.precision)))
     learner = Learner(config, train, runtime)
     history = {"columns": {}, "running": [0.0, 0], "seconds": 0.0, "skipped": 0, "code": dict(code.IMPORTED),
