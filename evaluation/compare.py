@@ -49,7 +49,7 @@ def main(config: Config, runtime: Runtime) -> None:
     config, train, test = load_images(sides, config, runtime)
     runtime.say("\n".join(settings_differences(*sides)))
     references: list[Reference] = []  # the first process has one
-    runtime.on_rank0(lambda: references.append(make_reference(config, train, test, baseline_labels(sides, train))))
+    runtime.on_rank0(lambda: references.append(make_common_reference(sides, config, train, test)))
     images = [sample_side(side) for side in sides]
 
     def measure() -> list[Path]:
@@ -111,11 +111,19 @@ def require_same_images(sides: Sequence[Side]) -> LoadedModel:
     return first
 
 
-def baseline_labels(sides: Sequence[Side], train: LabelledImages) -> Tensor:
-    """The labels that both sides sample, or as many of the first as the training images allow a baseline for."""
+def make_common_reference(sides: Sequence[Side], config: Config, train: LabelledImages,
+                          test: LabelledImages) -> Reference:
+    """The reference of all sides, whose baseline has as many of the labels, from the first on, as the images allow.
+
+    Raises UserError where these are too few for the class-wise distance.
+    """
     labels = sides[0].requests[0].labels
     size = baseline_size(train.labels.cpu(), labels)
-    return labels[:size] if size >= FEWEST else labels  # which make_reference then refuses
+    reference = make_reference(config, train, test, labels[:size] if size >= FEWEST else labels)  # which it refuses
+    if DECIDING not in reference.baseline.estimates:
+        raise UserError(f"--dataset {config.dataset}: too few images of a class for the class-wise distance, which "
+                        "decides (400 of each are enough); try a smaller --num-images")
+    return reference
 
 
 def settings_differences(a: Side, b: Side) -> list[str]:

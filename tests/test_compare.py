@@ -45,7 +45,7 @@ def two(own_folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return ["--mode", "compare", "--num-images", "1000", "--steps", "2", "--device", "cpu"]
 
 
-def test_a_comparison_end_to_end(two: list[str], capsys: Capture) -> None:
+def test_a_comparison_end_to_end(two: list[str], capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
     assert main([*two, "--runs", "one", "two"]) == 0
     output = capsys.readouterr().out
     for said in ("lr 0.002 / 0.1", "Code in which they differ: model.py.", "b has 2.00 times a's", "95% interval",
@@ -65,7 +65,11 @@ def test_a_comparison_end_to_end(two: list[str], capsys: Capture) -> None:
 
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     assert "The baseline has" not in output
-    assert main([*two, "--num-images", "1600", "--runs", "one", "one --sampler ddim"]) == 0  # the baseline allows 1500
+    more = [*two, "--num-images", "1600", "--runs", "one", "one --sampler ddim"]
+    assert main(more) == 2  # two sets of 150 of each class leave 150 outside each
+    assert "too few images of a class for the class-wise distance" in capsys.readouterr().err
+    monkeypatch.setattr("evaluation.reference.FEWEST", 100)
+    assert main(more) == 0
     output = capsys.readouterr().out
     assert "Both sides are the same network" in output and "N = 1,600" in output
     assert "The baseline has 1,500 images" in output
