@@ -77,7 +77,7 @@ def load_side(text: str, config: Config, runtime: Runtime) -> Side:
 def make_side(name: str, paths: Sequence[Path], config: Config, runtime: Runtime) -> Side:
     """The side of these checkpoints, sampled as the config says; raises UserError where it can't be compared."""
     models = [load_checkpoint(path, runtime) for path in paths]
-    counts = [image_count(config.sample.num_images, model, statistics.FEWEST_FOR_ERRORS) for model in models]
+    counts = [image_count(config.sample, model, statistics.FEWEST_FOR_ERRORS) for model in models]
     requests = [make_request(model, config.sample, config.seed, count) for model, count in zip(models, counts)]
     if len({model.digest for model in models}) < len(models):
         raise UserError(f"--runs '{name}': the same weights twice are not two trainings; name each run once")
