@@ -1,20 +1,26 @@
 """Do the intervals of mode compare hold? Two checkpoints are sampled with many seeds, and every comparison is counted.
 
     python benchmarks/intervals.py checkpoints/a/last.safetensors checkpoints/b/last.safetensors --seeds 20
+    python benchmarks/intervals.py
 
 How often the 95% interval of one seed covers the mean difference of all other seeds; how often the same weights with
 other seeds differ significantly; and the distance of real images from others, of which the reference holds none. All in
 the deciding metric.
+
+Without checkpoints, false alarms and power of several trainings a side are simulated.
 """
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
 
+import numpy as np
 import torch
-from common import Parser, config_of, machine, make_reference, run_script
+from common import Parser, config_of, machine, make_reference, run_script, table
 
 from dataset import CLASSES, LabelledImages, to_uint8
+from evaluation import statistics
 from evaluation.differences import Difference, compare_networks
 from evaluation.reference import DECIDING, Estimates, Reference
 from sample import LoadedModel, load_checkpoint, make_request, sample_images
@@ -25,6 +31,19 @@ from support.runtime import Runtime
 def deciding(a: Estimates, b: Estimates, reference: Reference) -> Difference:
     differences = compare_networks(a, b, reference.baseline)
     return next(difference for difference in differences if difference.metric.key == DECIDING)
+
+
+def simulate(spread: float, trainings: int, power: bool = False, repeats: int = 40_000) -> float:
+    """Share of comparisons that are significant, of so many trainings a side whose logarithm has this deviation.
+
+    The two recipes are equal (false alarms) or, for the power, differ by what four of five comparisons should find.
+    """
+    random = np.random.default_rng([round(1000 * spread), trainings])
+    a, b = random.normal(0, spread, (2, repeats, trainings))
+    dof = 2 * (trainings - 1)
+    shift = statistics.detectable(spread * math.sqrt(2 / trainings), dof) if power else 0.0
+    change, error, dof = statistics.two_sample(a, b + shift)
+    return float((np.abs(change) > statistics.student_quantile(dof) * error).mean())
 
 
 def covers_the_rest(pairs: Sequence[Difference]) -> int:
@@ -52,10 +71,18 @@ def real_images(train: LabelledImages, count: int, seed: int) -> tuple[float, fl
 
 def main(argv: list[str]) -> None:
     parser = Parser(__doc__, "--data-dir", "--threads", "--images", "--seed")
-    parser.add_argument("checkpoints", nargs=2, type=Path, metavar="CHECKPOINT")
+    parser.add_argument("checkpoints", nargs="*", type=Path, metavar="CHECKPOINT")
     parser.add_argument("--seeds", type=int, default=20)
     parser.add_argument("--halves", type=int, default=5, help="of the training set, for real against real")
     options = parser.parse(argv)
+    if not options.checkpoints:
+        sizes = (3, 4, 5)
+        print(table(["deviation", *(f"{size} a side" for size in sizes), *(f"power, {size} a side" for size in sizes)],
+                    [[spread, *(f"{simulate(spread, size, power):.1%}" for power in (False, True) for size in sizes)]
+                     for spread in (0.05, 0.1, 0.15, 0.2, 0.3, 0.4)]))
+        return
+    if len(options.checkpoints) != 2:
+        parser.error("give two checkpoints, or none")
     runtime, config = Runtime(torch.device("cpu"), bf16=False, compile=False), config_of(options, "--guidance", "1")
     train, test = loading.load_both(config, runtime)
     models = [load_checkpoint(path, runtime) for path in options.checkpoints]

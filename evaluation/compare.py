@@ -22,7 +22,7 @@ from dataset import CLASSES, LabelledImages, describe, to_uint8
 from evaluation import statistics
 from evaluation.differences import Difference, compare_networks, compare_trainings
 from evaluation.evaluate import image_count, require_training_images
-from evaluation.reference import DECIDING, Baseline, Estimates, Reference, make_reference, rows
+from evaluation.reference import DECIDING, FEWEST, Baseline, Estimates, Reference, baseline_size, make_reference, rows
 from evaluation.tables import aligned
 from sample import LoadedModel, SampleRequest, load_checkpoint, make_request, provenance, sample_images
 from support import loading, plots, selection, settings
@@ -49,7 +49,7 @@ def main(config: Config, runtime: Runtime) -> None:
     config, train, test = load_images(sides, config, runtime)
     runtime.say("\n".join(settings_differences(*sides)))
     references: list[Reference] = []  # the first process has one
-    runtime.on_rank0(lambda: references.append(make_reference(config, train, test, sides[0].requests[0].labels)))
+    runtime.on_rank0(lambda: references.append(make_common_reference(sides, config, train, test)))
     images = [sample_side(side) for side in sides]
 
     def measure() -> list[Path]:
@@ -77,7 +77,7 @@ def load_side(text: str, config: Config, runtime: Runtime) -> Side:
 def make_side(name: str, paths: Sequence[Path], config: Config, runtime: Runtime) -> Side:
     """The side of these checkpoints, sampled as the config says; raises UserError where it can't be compared."""
     models = [load_checkpoint(path, runtime) for path in paths]
-    counts = [image_count(config.sample.num_images, model, statistics.FEWEST_FOR_ERRORS) for model in models]
+    counts = [image_count(config.sample, model, statistics.FEWEST_FOR_ERRORS) for model in models]
     requests = [make_request(model, config.sample, config.seed, count) for model, count in zip(models, counts)]
     if len({model.digest for model in models}) < len(models):
         raise UserError(f"--runs '{name}': the same weights twice are not two trainings; name each run once")
@@ -109,6 +109,21 @@ def require_same_images(sides: Sequence[Side]) -> LoadedModel:
             raise UserError(f"--runs: {first.path} and {model.path} were trained on different images "
                             f"({first.data.get('name')} and {model.data.get('name')}); name runs of one data set")
     return first
+
+
+def make_common_reference(sides: Sequence[Side], config: Config, train: LabelledImages,
+                          test: LabelledImages) -> Reference:
+    """The reference of all sides, whose baseline has as many of the labels, from the first on, as the images allow.
+
+    Raises UserError where these are too few for the class-wise distance.
+    """
+    labels = sides[0].requests[0].labels
+    size = baseline_size(train.labels.cpu(), labels)
+    reference = make_reference(config, train, test, labels[:size] if size >= FEWEST else labels)  # which it refuses
+    if DECIDING not in reference.baseline.estimates:
+        raise UserError(f"--dataset {config.dataset}: too few images of a class for the class-wise distance, which "
+                        "decides (400 of each are enough); try a smaller --num-images")
+    return reference
 
 
 def settings_differences(a: Side, b: Side) -> list[str]:
@@ -148,19 +163,21 @@ def measure_side(side: Side, images: Sequence[Tensor], reference: Reference) -> 
     return [reference.measure(sampled, request.labels).estimates for sampled, request in zip(images, side.requests)]
 
 
-def table(differences: Sequence[Difference], baseline: Baseline) -> str:
-    """Each metric's values, the change with its 95% interval, and the baseline."""
-    lines = [[f"N = {len(baseline.labels):,}", "a", "b", "change", "95% interval", "baseline"]]
+def table(differences: Sequence[Difference], baseline: Baseline, images: int) -> str:
+    """Each metric's values of so many images, the change with its 95% interval, and the baseline."""
+    size = len(baseline.labels)
+    lines = [[f"N = {images:,}", "a", "b", "change", "95% interval",
+              "baseline" if size == images else f"baseline ({size:,})"]]
     for difference in differences:
         key, heading, form, _ = difference.metric
-        lines.append([heading + " (decides)" * (key == DECIDING), form.format(difference.a), form.format(difference.b),
-                      difference.show(difference.change),
-                      f"{difference.show(difference.low)} to {difference.show(difference.high)}",
-                      form.format(baseline.estimates[key].value)])
+        interval = f"{difference.show(difference.low)} to {difference.show(difference.high)}"
+        lines.append([heading + " (decides)" * (key == DECIDING), form.format(difference.a.value),
+                      form.format(difference.b.value), difference.show(difference.change),
+                      interval + " *"[difference.significant], form.format(baseline.estimates[key].value)])
     return aligned(lines)
 
 
-def conclusion(sides: Sequence[Side], differences: Sequence[Difference]) -> str:
+def conclusion(sides: Sequence[Side], differences: Sequence[Difference], baseline: Baseline, images: int) -> str:
     """What the deciding metric says, and what it can't say."""
     a, b = sides
     deciding = next(difference for difference in differences if difference.metric.key == DECIDING)
@@ -169,18 +186,25 @@ def conclusion(sides: Sequence[Side], differences: Sequence[Difference]) -> str:
                     "b is significantly further from the training images")
     lines = [f"Class-wise distance, which decides: {deciding.show(deciding.change)} ({deciding.show(deciding.low)} to "
              f"{deciding.show(deciding.high)}): {significance}.",
-             "Lower distances are closer; all else is best where the baseline is. One in twenty of the other intervals "
-             "misses the true change by chance."]
-    if has_trainings(sides):
-        lines.append("The spread between trainings is estimated from these and from 8 of the default recipe "
-                     f"({deciding.dof:.0f} degrees of freedom). Four of five such comparisons find a true "
-                     f"difference of {deciding.detectable:.0%}.")
+             f"A true difference of {deciding.detectable:.0%} would be found four times in five, a smaller one more "
+             "rarely."]
+    if deciding.spread is not None and deciding.sampling_share is not None:
+        means = ("images (--num-images) narrow the interval more than more trainings"
+                 if deciding.sampling_share > 0.5 else "trainings narrow the interval more than more images")
+        lines.append(f"Trainings of one side differ by {deciding.spread:.0%} (standard deviation). About "
+                     f"{deciding.sampling_share:.0%} of this variance comes from sampling {images:,} images: more "
+                     f"{means}.")
     elif a.models[0].digest == b.models[0].digest:
         lines.append("Both sides are the same network, sampled in two ways.")
     else:
-        lines.append("This is about these two networks, not about their recipes: trainings that differ by their seed "
-                     f"alone differ by {statistics.LOG_SD_BETWEEN_SEEDS[DECIDING]:.0%} (standard deviation). Train "
-                     "three a side to compare recipes.")
+        lines.append("This is about these two networks, not about their recipes: trainings of the default recipe that "
+                     "differ by their seed alone differ by 10% (standard deviation). Train three a side to compare "
+                     "recipes.")
+    lines.append("*: the interval excludes 0. The other metrics' intervals are each wrong one time in twenty. Lower "
+                 "distances are closer; all else is best where the baseline is.")
+    if (size := len(baseline.labels)) < images:
+        lines.append(f"The baseline has {size:,} images, as many as two disjoint sets of real images allow. Distances "
+                     "fall with the number of images, so these are no multiples of it.")
     return "\n".join(lines)
 
 
@@ -194,17 +218,18 @@ def report(sides: Sequence[Side], measured: Sequence[list[Estimates]], baseline:
     """Prints the table and writes compare.json and compare.png: where the two sides differ most, and the intervals."""
     a, b = measured
     differences = compare_trainings(a, b) if has_trainings(sides) else compare_networks(a[0], b[0], baseline)
-    print(table(differences, baseline))
-    print(conclusion(sides, differences))
-    content = {"images": len(baseline.labels),
+    images = len(pictures[0])
+    print(table(differences, baseline, images))
+    print(conclusion(sides, differences, baseline, images))
+    content = {"images": images,
                "sides": [{"name": side.name, "networks": [
                    {**provenance(model, request), "metrics": rows(estimates)}
                    for model, request, estimates in zip(side.models, side.requests, networks)]}
                    for side, networks in zip(sides, measured)],
                "differences": {difference.metric.key: {
-                   "a": difference.a, "b": difference.b, "change": difference.change,
+                   "a": difference.a.value, "b": difference.b.value, "change": difference.change,
                    "interval": [difference.low, difference.high]} for difference in differences}}
-    folder = make_folder(results_folder(sides, len(baseline.labels)))
+    folder = make_folder(results_folder(sides, images))
     pixel_distance = (pictures[0].float() - pictures[1].float()).square().flatten(1).sum(1)
     shown = pixel_distance.argsort(descending=True)[:SHOWN]
     names = sides[0].name, sides[1].name

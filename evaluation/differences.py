@@ -1,25 +1,28 @@
-"""By how much two sides differ in each metric, with a 95% interval: of two networks, or of several trainings a side."""
+"""By how much two sides differ in each metric, with a 95% interval: two networks, or trainings of two recipes."""
 
 import math
 from collections.abc import Sequence
-from statistics import fmean
 from typing import NamedTuple
 
+import numpy as np
+
+from config import UserError
 from evaluation import statistics
-from evaluation.reference import METRICS, Baseline, Estimates, Metric
+from evaluation.reference import METRICS, Baseline, Estimate, Estimates, Metric
 
 
 class Difference(NamedTuple):
     """One metric of both sides, and the 95% interval of the change: relative for distances, else absolute."""
 
     metric: Metric
-    a: float
-    b: float
+    a: Estimate  # of several trainings the geometric mean
+    b: Estimate
     change: float
     low: float
     high: float
-    detectable: float  # the true change that four of five such comparisons would find significant
-    dof: float  # degrees of freedom of the interval
+    detectable: float  # the true change that four of five such comparisons find significant
+    spread: float | None = None  # standard deviation of the logarithm between trainings of one side
+    sampling_share: float | None = None  # of that variance: what is due to the images that were sampled
 
     @property
     def significant(self) -> bool:
@@ -48,27 +51,44 @@ def compare_networks(a: Estimates, b: Estimates, baseline: Baseline) -> list[Dif
         scale = 1 / max(value_a, 1e-9) if metric.distance else 1.0
         half = statistics.student_quantile(dof) * error
         change, low, high = (scale * (value_b - value_a + shift) for shift in (0, -half, half))
-        differences.append(Difference(metric, value_a, value_b, change, low, high,
-                                      scale * statistics.detectable(error, dof), dof))
+        differences.append(Difference(metric, a[metric.key], b[metric.key], change, low, high,
+                                      scale * statistics.detectable(error, dof)))
     return differences
 
 
 def compare_trainings(a: Sequence[Estimates], b: Sequence[Estimates]) -> list[Difference]:
-    """Of each metric that all trainings have: an interval of the mean logarithms.
+    """Of each metric that all trainings have: a two-sample t interval of its logarithms, one number for a training.
 
-    A training is one number, and the error follows from the variance between trainings.
+    Raises UserError for a single training a side, whose spread is unknown.
     """
+    if len(a) + len(b) < 3:
+        raise UserError("one training a side says nothing about the spread between trainings; train one recipe twice, "
+                        "better both")
     differences = []
     for metric in common_metrics([*a, *b]):
-        logs = [[math.log(max(training[metric.key].value, 1e-9)) for training in side] for side in (a, b)]
-        mean_a, mean_b = map(fmean, logs)
-        error, dof = statistics.between_trainings(logs, metric.key)
-        scale = 1.0 if metric.distance else math.exp(mean_a)
+        sides = [[training[metric.key] for training in side] for side in (a, b)]
+        logs = [np.log([max(estimate.value, 1e-9) for estimate in side]) for side in sides]
+        change, error, dof = statistics.two_sample(*logs)
         half = statistics.student_quantile(dof) * error
-        change, low, high, detectable = (scale * math.expm1(log_change) for log_change in (
-            mean_b - mean_a, mean_b - mean_a - half, mean_b - mean_a + half, statistics.detectable(error, dof)))
-        differences.append(Difference(metric, math.exp(mean_a), math.exp(mean_b), change, low, high, detectable, dof))
+        mean_a, mean_b = (math.exp(side.mean()) for side in logs)
+        scale = 1.0 if metric.distance else mean_a
+        spread = error / math.sqrt(1 / len(a) + 1 / len(b))
+        estimate_a, estimate_b = (Estimate(mean, mean * spread / math.sqrt(len(side)))
+                                  for mean, side in zip((mean_a, mean_b), sides))
+        change, low, high, detectable = (scale * math.expm1(value) for value in (
+            change, change - half, change + half, statistics.detectable(error, dof)))
+        differences.append(Difference(metric, estimate_a, estimate_b, change, low, high, detectable, spread,
+                                      sampling_share(sides, spread)))
     return differences
+
+
+def sampling_share(sides: Sequence[Sequence[Estimate]], spread: float) -> float | None:
+    """The share of the variance between trainings that is due to the sampled images; None without replicates."""
+    replicates = [[estimate.replicates.clamp(min=1e-9).log() for estimate in side if estimate.replicates is not None]
+                  for side in sides]
+    if [*map(len, replicates)] != [*map(len, sides)]:
+        return None
+    return min(1.0, statistics.sampling_variance(replicates) / max(spread, 1e-9) ** 2)
 
 
 def common_metrics(measured: Sequence[Estimates]) -> list[Metric]:

@@ -10,13 +10,22 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from config import Config, UserError
+from config import Config, SampleConfig, UserError
 from dataset import CLASSES, class_name, describe, to_uint8
 from evaluation.metrics import nearest, share_closer
 from evaluation.reference import FEWEST, FEWEST_OF_CLASS, METRICS, Measurement, Reference, make_reference, rows
 from evaluation.statistics import FEWEST_FOR_ERRORS
 from evaluation.tables import aligned
-from sample import LoadedModel, SampleRequest, announce, load_checkpoint, make_request, provenance, sample_images
+from sample import (
+    LABELS_PER_CLASS,
+    LoadedModel,
+    SampleRequest,
+    announce,
+    load_checkpoint,
+    make_request,
+    provenance,
+    sample_images,
+)
 from support import loading, plots, selection
 from support.files import make_folder, set_aside, write_atomically, write_results
 from support.runtime import Runtime
@@ -30,7 +39,7 @@ def main(config: Config, runtime: Runtime) -> None:
     explicit = config.dataset != "auto"
     config = selection.settle(config, runtime)
     model = load_checkpoint(cast(Path, config.sample.checkpoint), runtime)
-    request = make_request(model, config.sample, config.seed, image_count(config.sample.num_images, model))
+    request = make_request(model, config.sample, config.seed, image_count(config.sample, model))
     train, test = loading.load_both(config, runtime)
     require_training_images(model, describe(train, config.dataset), explicit=explicit)
     announce(model, request)
@@ -41,14 +50,23 @@ def main(config: Config, runtime: Runtime) -> None:
         runtime.say(f"  {path}")
 
 
-def image_count(wanted: int | None, model: LoadedModel, fewest: int = FEWEST) -> int:
-    """The number of images to measure: `wanted`, else 10,000 or what two disjoint sets of training images allow."""
-    smallest, block = min(filter(None, model.data.get("classes", [])), default=10_000), 10 * len(model.classes)
-    most = min(10_000, smallest * len(model.classes) // 2 // block * block)  # blocks of choose_labels
-    if wanted is None and most < fewest:
-        raise UserError(f"{model.path}: trained on too few images to measure it: its smallest class has {smallest:,}, "
-                        f"and {20 * math.ceil(fewest / block):,} are needed")
-    count = wanted or most
+def image_count(options: SampleConfig, model: LoadedModel, fewest: int = FEWEST) -> int:
+    """The number of images to measure: --num-images, else 10,000 or what two sets of training images allow.
+
+    Only the classes that are sampled count. Raises UserError for fewer than `fewest`.
+    """
+    # The labels repeat after so many, or are shuffled within so many.
+    period = (model.classes * LABELS_PER_CLASS if options.digits in (None, "none") else [*map(int, options.digits)])
+    available = {k: count for k, count in enumerate(model.data.get("classes", [])) if count and k in period}
+    smallest = min(available, key=lambda k: available[k] // period.count(k), default=None)
+    most = 10_000
+    if smallest is not None:
+        needed = 2 * period.count(smallest)
+        most = min(most, available[smallest] // needed * len(period))
+        if options.num_images is None and most < fewest:
+            raise UserError(f"{model.path}: trained on too few images to measure it: class {smallest} has "
+                            f"{available[smallest]:,}, and {needed * math.ceil(fewest / len(period)):,} are needed")
+    count = options.num_images or most
     if count < fewest:
         raise UserError(f"--num-images {count}: too few to measure; use at least {fewest:,}")
     return count

@@ -11,6 +11,7 @@ from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from config import Config, UserError
@@ -124,13 +125,17 @@ class Reference:
         self.baseline = self._baseline(labels, overlap=classifier is not None)
 
     def measure(self, images: Tensor, labels: Tensor) -> Measurement:
-        """All metrics of uint8 images [N, 1, 28, 28] sampled for labels [N] (10: none)."""
+        """All metrics of uint8 images [N, 1, 28, 28] sampled for labels [N] (10: none).
+
+        N may be larger than the baseline's: such distances compare with each other, not with the baseline.
+        """
         labelled = int(labels.max()) < CLASSES
         labels = labels if labelled else self.baseline.labels
         features = self._features(images, labels)
         measurement = self._measure_features(features, labels, self.baseline.outside, labelled=labelled)
-        if self.classifier is not None:
-            sampled = features["features"], metrics.radius(features["features"])
+        if self.classifier is not None:  # these depend on the number of images, so it is that of the baseline
+            points = features["features"][:len(self.baseline.labels)]
+            sampled = points, metrics.radius(points)
             for key, share in zip(OVERLAP, metrics.precision_recall_coverage(*self.manifolds[0], *sampled)):
                 measurement.estimates[key] = Estimate(share, self.baseline.estimates[key].error)
         return measurement
@@ -240,20 +245,28 @@ def make_reference(config: Config, train: LabelledImages, test: LabelledImages, 
     return Reference(train, test, labels, classifier)
 
 
+def baseline_size(real: Tensor, labels: Tensor) -> int:
+    """For how many of the labels [N], from the first on, the real images [M] have two disjoint sets.
+
+    All N, or a multiple of BLOCK.
+    """
+    needed = 2 * F.one_hot(labels, CLASSES).cumsum(0)  # [N, C]
+    count = int((needed <= torch.bincount(real, minlength=CLASSES)).all(1).sum())
+    return count if count == len(labels) else count // BLOCK * BLOCK
+
+
 def baseline_sets(real: Tensor, labels: Tensor) -> list[Tensor]:
     """Disjoint sets of real images with the same labels [N], image for image: 2 to 5 index tensors int64 [N].
 
     They leave at least N of the real images [M] outside each. Raises UserError where there are not even two.
     """
-    wanted, available = (torch.bincount(classes, minlength=CLASSES) for classes in (labels, real))
-    sampled = wanted > 0
-    count = min(SETS, int((available[sampled] // wanted[sampled]).min()))
-    if count < 2 or len(real) < 2 * len(labels):
-        share = int((available[sampled] * len(labels) // (2 * wanted[sampled])).min())  # of which two sets would do
-        most = min(share, len(real) // 2) // BLOCK * BLOCK
+    if (most := baseline_size(real, labels)) < len(labels):
         advice = f"use at most {most}" if most >= FEWEST else "no number of images works for these"
         raise UserError(f"--num-images {len(labels)}: too few real images for a baseline, two disjoint sets of as many "
                         f"with the same labels; {advice}")
+    wanted, available = (torch.bincount(classes, minlength=CLASSES) for classes in (labels, real))
+    sampled = wanted > 0
+    count = min(SETS, int((available[sampled] // wanted[sampled]).min()))
     sets = [torch.empty_like(labels) for _ in range(count)]
     for k in sampled.nonzero().flatten().tolist():
         indices = (real == k).nonzero().flatten()

@@ -3,20 +3,16 @@
 import functools
 import math
 from collections.abc import Sequence
-from statistics import variance
+from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 BLOCK = 100  # images in a jackknife block, at least
 FEWEST_BLOCKS, MOST_BLOCKS = 20, 100  # below, a jackknife says nothing; above, it takes longer and gains nothing
 FEWEST_FOR_ERRORS = BLOCK * FEWEST_BLOCKS  # images
 MANY = 10_000  # degrees of freedom from which on Student's t is as good as normal
-# Standard deviation of the logarithm between 8 trainings that differ by their seed alone (benchmarks/README.md).
-LOG_SD_BETWEEN_SEEDS = {
-    "class_frechet": 0.101, "frechet": 0.104, "texture": 0.242, "mean_intensity": 0.0092, "precision": 0.0058,
-    "recall": 0.0064, "coverage": 0.0141, "confident": 0.0085, "label_accuracy": 0.0067, "zeros": 0.0027}
-DOF_BETWEEN_SEEDS = 7
 
 
 def jackknife_error(replicates: Tensor) -> float:
@@ -38,19 +34,27 @@ def student_quantile(dof: float, coverage: float = 0.95) -> float:
     return math.sqrt(dof) * math.tan(np.interp(coverage, below / below[-1], angle))
 
 
-def between_trainings(sides: Sequence[Sequence[float]], key: str) -> tuple[float, float]:
-    """Standard error of the difference of two sides' means of logarithms, and its degrees of freedom.
+def two_sample(a: np.ndarray, b: np.ndarray) -> tuple[Any, Any, int]:
+    """Mean of b [..., m] minus mean of a [..., n], its standard error, and the n + m - 2 degrees of freedom.
 
-    sides: of each side the logarithm of a metric, one for each training; their variance is pooled with that of
-    LOG_SD_BETWEEN_SEEDS.
+    The variance is pooled over both samples, and nothing else is known of it (Student 1908).
     """
-    variances = [(len(side) - 1, variance(side)) for side in sides if len(side) > 1]
-    variances += [(DOF_BETWEEN_SEEDS, LOG_SD_BETWEEN_SEEDS[key] ** 2)] if key in LOG_SD_BETWEEN_SEEDS else []
-    dof = sum(count for count, _ in variances)
-    pooled = sum(count * value for count, value in variances) / dof
-    return math.sqrt(pooled * sum(1 / len(side) for side in sides)), dof
+    dof = a.shape[-1] + b.shape[-1] - 2
+    squares = sum(np.square(x - x.mean(-1, keepdims=True)).sum(-1) for x in (a, b))
+    return b.mean(-1) - a.mean(-1), np.sqrt(squares / dof * (1 / a.shape[-1] + 1 / b.shape[-1])), dof
+
+
+def sampling_variance(sides: Sequence[Sequence[Tensor]]) -> float:
+    """The part of the variance that `two_sample` pools which is due to the images that were sampled, not to training.
+
+    sides: of each side the jackknife replicates [B] of its networks. All sample the same seeds, so part of their errors
+    is common and cancels in the deviations from the side's mean.
+    """
+    deviations = [side - side.mean(0) for side in (torch.stack([*side]) for side in sides)]  # [n, B]
+    dof = sum(len(side) for side in sides) - len(sides)
+    return sum(jackknife_error(replicates) ** 2 for side in deviations for replicates in side) / dof
 
 
 def detectable(error: float, dof: float) -> float:
-    """The smallest true difference that is found significant in 80% of comparisons, given its standard error."""
+    """The true difference that 80% of comparisons find significant, given its standard error."""
     return error * (student_quantile(dof) + student_quantile(dof, 0.6))  # 0.6: 80% lie below it, one-sided

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -22,7 +23,7 @@ from evaluation.compare import (
 )
 from evaluation.differences import Difference, compare_networks, compare_trainings
 from evaluation.reference import METRICS, OVERLAP, Baseline, Estimate, Estimates
-from evaluation.statistics import between_trainings, jackknife_error, student_quantile
+from evaluation.statistics import detectable, jackknife_error, student_quantile, two_sample
 from run import main
 from support import settings
 from support.runtime import Runtime
@@ -44,11 +45,12 @@ def two(own_folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return ["--mode", "compare", "--num-images", "1000", "--steps", "2", "--device", "cpu"]
 
 
-def test_a_comparison_end_to_end(two: list[str], capsys: Capture) -> None:
+def test_a_comparison_end_to_end(two: list[str], capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
     assert main([*two, "--runs", "one", "two"]) == 0
     output = capsys.readouterr().out
     for said in ("lr 0.002 / 0.1", "Code in which they differ: model.py.", "b has 2.00 times a's", "95% interval",
-                 "class-wise (decides)", "about these two networks", "all else is best where the baseline is"):
+                 "Class-wise distance, which decides", "about these two networks", "four times in five",
+                 "all else is best where the baseline is", "*: the interval excludes 0"):
         assert said in output, said
     assert "they did not see as many images" not in output
     assert output.count("WARNING: these images do not look like generated (static)") == 2  # as mode sample says
@@ -62,8 +64,15 @@ def test_a_comparison_end_to_end(two: list[str], capsys: Capture) -> None:
     assert Image.open(folder / "compare.png").width > 500
 
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    assert main([*two, "--runs", "one", "one --sampler ddim"]) == 0
-    assert "Both sides are the same network" in capsys.readouterr().out
+    assert "The baseline has" not in output
+    more = [*two, "--num-images", "1600", "--runs", "one", "one --sampler ddim"]
+    assert main(more) == 2  # two sets of 150 of each class leave 150 outside each
+    assert "too few images of a class for the class-wise distance" in capsys.readouterr().err
+    monkeypatch.setattr("evaluation.reference.FEWEST", 100)
+    assert main(more) == 0
+    output = capsys.readouterr().out
+    assert "Both sides are the same network" in output and "N = 1,600" in output
+    assert "The baseline has 1,500 images" in output
     assert len([*Path("results/compare").iterdir()]) == 2
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
@@ -197,13 +206,14 @@ def test_changes_of_distances_are_relative_and_of_shares_absolute() -> None:
 def test_several_trainings_a_side_are_compared_by_the_spread_between_them() -> None:
     a, b = ([row(class_frechet=value) for value in values] for values in ((0.30, 0.33, 0.31, 0.36), (0.20, 0.26, 0.22)))
     found = difference(a, b)
-    logs = [[math.log(one["class_frechet"].value) for one in side] for side in (a, b)]
-    error, dof = between_trainings(logs, "class_frechet")
-    half, change = student_quantile(dof) * error, fmean(logs[1]) - fmean(logs[0])
-    assert found.a == pytest.approx(math.exp(fmean(logs[0]))) and found.change == pytest.approx(found.b / found.a - 1)
+    logs = [np.log([training["class_frechet"].value for training in side]) for side in (a, b)]
+    change, error, dof = two_sample(*logs)
+    half = student_quantile(dof) * error
+    assert found.a.value == pytest.approx(math.exp(fmean(logs[0])))
+    assert found.change == pytest.approx(found.b.value / found.a.value - 1)
     assert [found.low, found.high] == pytest.approx([math.expm1(change - half), math.expm1(change + half)])
     absolute = difference([row(confident=0.9), row(confident=0.92)], [row(confident=0.95)])
-    assert absolute.change == pytest.approx(absolute.b - absolute.a)
+    assert absolute.change == pytest.approx(absolute.b.value - absolute.a.value)
 
 
 # What it says
@@ -213,15 +223,15 @@ def says(two: list[str], a: str, b: str, values: tuple[list[float], list[float]]
     config = settings.parse(two)
     sides = [load_side(text, config, CPU) for text in (a, b)]
     measured = [[scattered(i, 1e-4, class_frechet=value) for i, value in enumerate(side)] for side in values]
-    single = difference(*measured)
-    return conclusion(sides, [single])
+    return conclusion(sides, [difference(*measured)], BASELINE, 2000)
 
 
-def test_the_conclusion_says_the_verdict_the_rule_and_what_it_is_about(two: list[str]) -> None:
+def test_the_conclusion_says_the_significance_the_rule_and_what_it_is_about(two: list[str]) -> None:
     said = says(two, "one", "two", ([0.3], [0.2]))
     assert "-33.3%" in said and "b is significantly closer to the training images" in said
     assert "Lower distances are closer; all else is best where the baseline is." in said
-    assert "One in twenty" in said and "Train three a side" in said
+    assert "A true difference of" in said
+    assert "The other metrics' intervals are each wrong one time in twenty." in said and "Train three a side" in said
     assert "b is significantly further" in says(two, "one", "two", ([0.2], [0.3]))
     assert "no significant difference" in says(two, "one", "two", ([0.2], [0.2]))
     for word in ("better", "worse"):
@@ -233,10 +243,17 @@ def test_several_trainings_are_told_which_change_they_would_find(two: list[str])
     save_network(Path("checkpoints/four/last.safetensors"), 3)
     values = ([0.30, 0.33], [0.29, 0.31])
     said = says(two, "one,two", "three,four", values)
-    error, dof = between_trainings([[*map(math.log, side)] for side in values], "class_frechet")
-    found = math.expm1((student_quantile(dof) + student_quantile(dof, 0.6)) * error)
-    assert "no significant difference" in said and "9 degrees of freedom" in said
-    assert f"Four of five such comparisons find a true difference of {found:.0%}." in said
+    _, error, dof = two_sample(*map(np.log, values))
+    change = math.expm1(detectable(error, dof))
+    assert "no significant difference" in said
+    assert f"A true difference of {change:.0%} would be found four times in five, a smaller one more rarely." in said
+    assert "Trainings of one side differ by 6% (standard deviation)." in said and "more trainings narrow" in said
+    assert re.search("About [1-9]% of this variance comes from sampling 2,000 images", said), said
+    noisy = [[scattered(10 * side + i, 0.02, class_frechet=value) for i, value in enumerate(values[side])]
+             for side in (0, 1)]
+    said = conclusion([load_side(text, settings.parse(two), CPU) for text in ("one,two", "three,four")],
+                      [difference(*noisy)], BASELINE, 2000)
+    assert "more images (--num-images) narrow the interval more than more trainings" in said
 
 
 def test_the_picture_shows_the_pairs_that_differ_most(two: list[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 import config as configs
-from config import UserError
+from config import SampleConfig, UserError
 from dataset import LabelledImages, describe
 from evaluation import evaluate
 from evaluation.classifier import load_classifier, train_classifier
@@ -132,10 +132,10 @@ def test_unless_told_as_many_images_are_measured_as_the_data_allow(classes: list
                                                                    expected: int) -> None:
     """All that the baseline accepts, up to 10,000."""
     model = Mock(data={"classes": classes}, classes=[k for k, count in enumerate(classes) if count])
-    assert evaluate.image_count(None, model, fewest) == expected
-    assert evaluate.image_count(fewest + 1, model, fewest) == fewest + 1
+    assert evaluate.image_count(SampleConfig(), model, fewest) == expected
+    assert evaluate.image_count(SampleConfig(num_images=fewest + 1), model, fewest) == fewest + 1
     with pytest.raises(UserError, match=f"--num-images 9: too few to measure; use at least {fewest:,}"):
-        evaluate.image_count(9, model, fewest)
+        evaluate.image_count(SampleConfig(num_images=9), model, fewest)
     real = torch.arange(len(classes)).repeat_interleave(torch.tensor(classes))
     for count, fits in ((expected, True), (expected + 100, expected == 10_000)):
         labels = choose_labels(None, 0, range(count), model.classes)
@@ -148,9 +148,24 @@ def test_unless_told_as_many_images_are_measured_as_the_data_allow(classes: list
 def test_data_that_are_too_few_to_measure_are_named(classes: list[int], fewest: int, needed: int) -> None:
     for smallest in (min(classes), needed):
         model = Mock(data={"classes": [max(count, smallest) for count in classes]}, classes=[*range(len(classes))])
-        expected = pytest.raises(UserError, match=f"smallest class has {smallest}, and {needed} are needed")
+        expected = pytest.raises(UserError, match=f"class . has {smallest}, and {needed} are needed")
         with expected if smallest < needed else contextlib.nullcontext():
-            assert evaluate.image_count(None, model, fewest) >= fewest
+            assert evaluate.image_count(SampleConfig(), model, fewest) >= fewest
+
+
+@pytest.mark.parametrize("digits, expected", [("012", 1350), ("1", 450), ("0012", 900), ("9", 15), ("029", 45),
+                                              ("none", 100), (None, 100)])
+def test_only_the_classes_that_are_sampled_count(digits: str | None, expected: int) -> None:
+    """Class 9 is rare; a class that is asked for twice as often needs twice the images."""
+    classes = [900] * 9 + [30]
+    model, options = Mock(data={"classes": classes}, classes=[*range(10)]), SampleConfig(digits=digits)
+    assert evaluate.image_count(options, model, fewest=1) == expected
+    real = torch.arange(10).repeat_interleave(torch.tensor(classes))
+    labels = choose_labels(None if digits == "none" else digits, 0, range(expected), model.classes)
+    assert len(baseline_sets(real, labels)) >= 2
+    if expected < 200:
+        with pytest.raises(UserError, match="class 9 has 30, and"):
+            evaluate.image_count(options, model)
 
 
 def test_weights_of_another_network_are_refused(untrained: list[str], capsys: Capture) -> None:
@@ -227,6 +242,27 @@ def test_odd_data_train_and_are_sampled_and_measured_or_told_why_not(counts: lis
     assert main([*common, "--mode", "evaluate", "--num-images", "200"]) == 2
     said = capsys.readouterr().err.strip()
     assert len(said.splitlines()) == 1 and "too few real images for a baseline" in said
+
+
+def test_a_rare_class_that_is_not_sampled_is_no_hindrance(own_folder: Path, capsys: Capture,
+                                                          monkeypatch: pytest.MonkeyPatch) -> None:
+    """Class 9 has 30 training images: it is refused, and classes 0, 1 and 2 are measured and compared."""
+    monkeypatch.setattr("evaluation.reference.dataset_classifier", lambda *_: load_classifier())
+    train = FEW["train"]
+    kept = torch.cat([(train.labels == k).nonzero().flatten()[:30 if k == 9 else 300] for k in range(10)])
+    write_images(Path("rare"), train[kept], FEW["test"])
+    data = ["--dataset", "idx", "--data-dir", "rare", "--device", "cpu", "--steps", "2"]
+    stored = describe(loading.load_split(settings.parse(data), "train"), "idx")
+    for seed, name in enumerate(("one", "two")):
+        save_network(Path(f"checkpoints/{name}/last.safetensors"), seed, data=stored)
+    assert main(["--mode", "evaluate", "--name", "one", *data]) == 2
+    assert "class 9 has 30, and 40 are needed" in capsys.readouterr().err
+    assert main(["--mode", "evaluate", "--name", "one", *data, "--digits", "012"]) == 0
+    assert json.loads(Path("results/one/metrics.json").read_text())["images"] == 450
+    monkeypatch.setattr("evaluation.statistics.FEWEST_FOR_ERRORS", 300)
+    monkeypatch.setattr("evaluation.reference.FEWEST", 100)
+    assert main(["--mode", "compare", "--runs", "one", "two", *data, "--digits", "012"]) == 0
+    assert "N = 450" in capsys.readouterr().out
 
 
 # What is said and shown

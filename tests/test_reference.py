@@ -9,7 +9,7 @@ from torch import Tensor
 from config import UserError
 from evaluation.classifier import load_classifier
 from evaluation.metrics import nearest, share_closer
-from evaluation.reference import Measurement, Reference, baseline_sets
+from evaluation.reference import OVERLAP, Measurement, Reference, baseline_sets, baseline_size
 from evaluation.statistics import jackknife_error
 from sample import choose_labels
 from tests.conftest import frechet_distance
@@ -66,6 +66,25 @@ def test_too_few_real_images_are_named_with_a_number_that_works() -> None:
     assert len(baseline_sets(there, equal_labels(1300))) == 2
     with pytest.raises(UserError, match="no number of images works"):
         baseline_sets(there, torch.full((200,), 1))
+
+
+def test_the_baseline_is_as_large_as_two_sets_allow() -> None:
+    real = torch.arange(10).repeat_interleave(torch.tensor([300, 260, *[300] * 8]))
+    labels = equal_labels(2000)
+    size = baseline_size(real, labels)
+    assert size == 1300 and len(baseline_sets(real, labels[:size])) == 2 and baseline_size(real, labels[:900]) == 900
+    assert baseline_size(real, torch.tensor([0, 1, 2]).repeat(500)) == 300  # class 1 allows 390, in steps of 100
+
+
+def test_more_images_than_the_baseline_has_are_nearer_by_the_bias_alone() -> None:
+    """Distances have a bias of about 1/N. Precision, recall and coverage, which depend on N too, keep that of the
+    baseline."""
+    labels = equal_labels(COUNT)
+    large = Reference(TRAIN, GENERATED["test"], labels[:1000], load_classifier())
+    small, more = (large.measure(same_labels(part), part) for part in (labels[:1000], labels[:COUNT]))
+    assert more.estimates["frechet"].value == pytest.approx(small.estimates["frechet"].value / 2, rel=0.35)
+    for key in OVERLAP:
+        assert more.estimates[key].value == small.estimates[key].value
 
 
 def test_distances_are_to_the_images_outside_each_set(reference: Reference, real: Measurement) -> None:

@@ -802,7 +802,8 @@ def only_zeros(model: Any, request: Any, *_: Any, **__: Any) -> tuple[torch.Tens
 
 
 def measures_nothing(*_: Any) -> Any:
-    return SimpleNamespace(measure=lambda *_, **__: ({}, None), baseline=None)
+    return SimpleNamespace(measure=lambda *_, **__: SimpleNamespace(estimates={}),
+                           baseline=SimpleNamespace(estimates={"class_frechet": None}))
 
 
 def end_alike(programs: list[Program]) -> str:
