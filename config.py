@@ -38,11 +38,12 @@ RunName = Annotated[Annotated[str, StringConstraints(pattern=r"^\w[\w.-]{0,99}$"
 OptionalPath = Annotated[Path | None, UNSET]
 Device = Annotated[str, StringConstraints(pattern=r"^(auto|cpu|mps|cuda(:(0|[1-9][0-9]?))?)$")]
 Precision = Literal["auto", "fp32", "bf16"]
+Changes = Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="FLAGS", help_behavior_hint="")]
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """For mode train (other modes take them from the checkpoint): the U-Net, with stages at 28, 14 and 7 pixels."""
+    """For training (other modes take them from the checkpoint): the U-Net, with stages at 28, 14 and 7 pixels."""
 
     channels: tuple[Channels, Channels, Channels] = (16, 32, 64)  # channels at 28, 14 and 7 pixels
     blocks: tuple[Blocks, Blocks, Blocks] = (1, 2, 2)  # residual blocks per stage, down and again up
@@ -54,7 +55,7 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class DiffusionConfig:
-    """For mode train (other modes take them from the checkpoint): noise schedule, prediction target and loss."""
+    """For training (other modes take them from the checkpoint): noise schedule, prediction target and loss."""
 
     timesteps: Annotated[int, Ge(2), Le(100_000)] = 1000  # T: number of noise levels
     schedule: Literal["cosine", "linear"] = "cosine"  # cosine (arXiv 2102.09672) or linear (2006.11239)
@@ -65,7 +66,7 @@ class DiffusionConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """For mode train: the length of a run and how the weights are learned."""
+    """For modes train and experiment: the length of a run and how the weights are learned."""
 
     epochs: Annotated[int, Ge(1), Le(10**7)] = 100  # passes over the training images
     minutes: Annotated[float | None, Gt(0), Le(10**6), UNSET] = None  # minutes of training steps, in place of epochs
@@ -88,7 +89,7 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class SampleConfig:
-    """For modes sample, evaluate and compare, and for train at its end: how images are sampled."""
+    """For sampling, in every mode (train samples at its end; experiment and compare to measure): how images are sampled."""
 
     num_images: Annotated[int | None, Ge(1), Le(10**6), UNSET] = None  # unset: 256 to look at, 10000 to measure
     sampler: Literal["ddpm", "ddim", "dpmpp", "sa"] = "sa"  # DDPM, DDIM, DPM-Solver++ or SA-Solver
@@ -109,7 +110,7 @@ class SampleConfig:
 class Config:
     """Train a small diffusion model of handwritten digits, sample from it, and measure it."""
 
-    mode: Literal["train", "sample", "evaluate", "compare"] = "train"  # what `python run.py` does
+    mode: Literal["train", "sample", "evaluate", "compare", "experiment"] = "train"  # what `python run.py` does
     name: RunName = None  # name of the run, in checkpoints/ and results/; unset, in training: the data set's name
     # auto: the checkpoint's data set, else mnist, or offline the generated digits; idx: four files in --data-dir
     dataset: Literal["auto", "mnist", "fashion-mnist", "kmnist", "generated", "idx"] = "auto"
@@ -117,6 +118,9 @@ class Config:
     # compare: two sides, each a run, a file, pretrained, or trainings a,b,c; quote a side to give it flags of its own:
     # "mine --steps 25"
     runs: Annotated[tuple[str, str] | None, tyro.conf.arg(metavar="A B", help_behavior_hint="")] = None
+    # experiment: the flags of each change, such as "--schedule linear" or "--focus 0" "--focus 0.35"
+    change: Changes = ()
+    trainings: Annotated[int, Ge(2), Le(100)] = 4  # experiment: of the baseline and of each change, with seeds that follow
     seed: Annotated[int, Ge(0), Lt(2**63)] = 0  # every random number follows from it
     device: Device = "auto"  # cuda, cuda:1, mps, cpu, or auto: the first of these that is available
     precision: Precision = "auto"  # auto: bf16 on GPUs, and in training steps on CPUs that are fast at it; else fp32

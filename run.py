@@ -8,7 +8,7 @@ from config import UserError
 from support import console, settings
 
 MODULES = {"train": "training.loop", "sample": "sample", "evaluate": "evaluation.evaluate",
-           "compare": "evaluation.compare"}
+           "compare": "evaluation.compare", "experiment": "evaluation.experiment"}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -54,7 +54,7 @@ def main(config: Config, runtime: Runtime) -> None:
 
     def measure() -> list[Path]:
         measured = [measure_side(side, side_images, references[0]) for side, side_images in zip(sides, images)]
-        return report(sides, measured, references[0].baseline, [side_images[0] for side_images in images])
+        return report(sides, measured, references[0].baseline, [side_images[0] for side_images in images])[1]
 
     for path in runtime.on_rank0(measure):
         runtime.say(f"  {path}")
@@ -77,14 +77,19 @@ def load_side(text: str, config: Config, runtime: Runtime) -> Side:
 def make_side(name: str, paths: Sequence[Path], config: Config, runtime: Runtime) -> Side:
     """The side of these checkpoints, sampled as the config says; raises UserError where it can't be compared."""
     models = [load_checkpoint(path, runtime) for path in paths]
-    counts = [image_count(config.sample, model, statistics.FEWEST_FOR_ERRORS) for model in models]
-    requests = [make_request(model, config.sample, config.seed, count) for model, count in zip(models, counts)]
     if len({model.digest for model in models}) < len(models):
         raise UserError(f"--runs '{name}': the same weights twice are not two trainings; name each run once")
-    if any(int(request.labels.max()) >= CLASSES for request in requests):
-        raise UserError(f"--runs '{name}': it samples without labels, and the class-wise distance decides; leave out "
+    return Side(name, models, [measuring_request(name, model, config) for model in models])
+
+
+def measuring_request(name: str, model: LoadedModel, config: Config) -> SampleRequest:
+    """What a network of the side of that name samples to be compared; raises UserError for what can't be."""
+    request = make_request(model, config.sample, config.seed,
+                           image_count(config.sample, model, statistics.FEWEST_FOR_ERRORS))
+    if int(request.labels.max()) >= CLASSES:
+        raise UserError(f"'{name}': it samples without labels, and the class-wise distance decides; leave out "
                         "--digits none, and networks of --label-dropout 1")
-    return Side(name, models, requests)
+    return request
 
 
 def load_images(sides: Sequence[Side], config: Config,
@@ -214,7 +219,7 @@ def has_trainings(sides: Sequence[Side]) -> bool:
 
 
 def report(sides: Sequence[Side], measured: Sequence[list[Estimates]], baseline: Baseline,
-           pictures: Sequence[Tensor]) -> list[Path]:
+           pictures: Sequence[Tensor]) -> tuple[list[Difference], list[Path]]:
     """Prints the table and writes compare.json and compare.png: where the two sides differ most, and the intervals."""
     a, b = measured
     differences = compare_trainings(a, b) if has_trainings(sides) else compare_networks(a[0], b[0], baseline)
@@ -240,7 +245,7 @@ def report(sides: Sequence[Side], measured: Sequence[list[Estimates]], baseline:
             path, methodcaller("write", json.dumps(content, indent=1).encode())),
         "compare.png": lambda path: plots.save_comparison(path, (pictures[0][shown], pictures[1][shown]), names,
                                                           intervals, {"a": names[0], "b": names[1]})}
-    return write_results(folder, writers)
+    return differences, write_results(folder, writers)
 
 
 def results_folder(sides: Sequence[Side], count: int) -> Path:

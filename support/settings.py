@@ -40,19 +40,21 @@ SAMPLER_OF = {name: mark.sampler for name, kind in get_type_hints(SampleConfig, 
 # How images are sampled; the other fields of SampleConfig say which images.
 SAMPLING = tuple(name for name in SampleConfig.__dataclass_fields__
                  if name not in ("num_images", "digits", "write", "checkpoint"))
-RESERVED = ("pretrained", "shipped", "compare", "classifiers")  # folders of the project, not names for runs
+RESERVED = ("pretrained", "shipped", "compare", "classifiers", "experiment")  # folders of the project, not names for runs
+TRAINING = ("train", "experiment")  # the modes that train
 # A flag that has no effect beside the second one, and in which modes.
 EXCLUSIVE = (("name", "checkpoint", ("sample", "evaluate")), ("dataset", "checkpoint", ("sample",)),
              ("dataset", "name", ("sample",)), ("digits", "write", ("sample",)), ("num_images", "write", ("sample",)),
-             ("epochs", "minutes", ("train",)))
+             ("epochs", "minutes", TRAINING))
 # Knobs whose edited defaults yield, to these values, if one of these flags is given.
 YIELDING = (("checkpoint", None, ("name", "dataset")), ("write", None, ("digits", "num_images")),
             ("minutes", None, ("epochs",)),
             *((name, getattr(SampleConfig, name), ("sampler",)) for name in SAMPLER_OF))
 # The modes that use a knob, or all knobs of a group; what is not listed, all modes use.
-USED_BY = {"model": ("train",), "diffusion": ("train",), "train": ("train",), "runs": ("compare",),
+USED_BY = {"model": TRAINING, "diffusion": TRAINING, "train": TRAINING, "preview": ("train",), "fresh": ("train",),
+           "same_code": ("train",), "runs": ("compare",), "change": ("experiment",), "trainings": ("experiment",),
            "name": ("train", "sample", "evaluate"), "write": ("sample",), "checkpoint": ("sample", "evaluate"),
-           "data_dir": ("train", "evaluate", "compare"), "compile": ("train",)}
+           "data_dir": ("train", "evaluate", "compare", "experiment"), "compile": TRAINING}
 
 
 def parse(argv: list[str], defaults: Config | None = None) -> Config:
@@ -60,7 +62,7 @@ def parse(argv: list[str], defaults: Config | None = None) -> Config:
 
     Raises UserError for a bad flag and for one that has no effect, SystemExit(0) after --help.
     """
-    argv = _switches(argv)
+    argv = _changes(_switches(argv))
     cli = functools.partial(tyro.cli, tyro.conf.OmitArgPrefixes[tyro.conf.DisallowNone[Config]], args=argv,
                             prog="run.py", description=Config.__doc__, default=defaults or Config())
     said = io.StringIO()  # no terminal, for which tyro would colour and fold its text
@@ -90,6 +92,8 @@ def parse(argv: list[str], defaults: Config | None = None) -> Config:
         raise UserError("--data-dir: it has no effect, since the generated digits ship with the project; leave it out, "
                         "or choose another --dataset")
     yielding: Any = {name: value for name, value, flags in YIELDING if name not in names and set(names) & set(flags)}
+    if config.mode == "experiment" and defaults is None and "guidance" not in names:
+        yielding["guidance"] = 1.0  # it is about the networks; guidance hides a part of how they differ
     parts = {group: replace(getattr(config, group), **{
         name: value for name, value in yielding.items() if KNOBS[name] == group}) for group in GROUPS}
     return validate(replace(config, **parts))
@@ -109,6 +113,25 @@ def _switches(argv: list[str]) -> list[str]:
             word = on if value.lower() == "true" else off
         words.append(word)
     return words
+
+
+def _changes(argv: list[str]) -> list[str]:
+    """The flags with `--change A B` as `--change=A --change=B`, since tyro takes what has dashes for a flag.
+
+    The word after --change is a change, and so is each further one that has dashes and a space. Raises UserError for a
+    switch after them, which may be a change or a flag for all.
+    """
+    words: list[str] = []
+    before = ""
+    for word in argv:
+        if before == "--change" or before.startswith("--change=") and word.startswith("--") and " " in word:
+            word = f"--change={word}"
+        elif before.startswith("--change=") and _knob(word).removeprefix("no_") in SWITCHES:
+            raise UserError(f"{word}: write --change before it if it is a change, or put it before --change if it is for "
+                            "all trainings")
+        words += [word] if word != "--change" else []
+        before = word
+    return words + ["--change"] * (before == "--change")  # without a value, which tyro says
 
 
 @contextlib.contextmanager
@@ -250,7 +273,7 @@ def _message(text: str) -> str:
     options = re.findall("(?m)^ *(--[a-z-]+)(.*)", "\n".join(advice))
     message = message.split("\n")[0].rstrip(".")
     hint = ""
-    if mode := re.fullmatch("Unrecognized options: (train|sample|evaluate|compare)", message):
+    if mode := re.fullmatch("Unrecognized options: (train|sample|evaluate|compare|experiment)", message):
         hint = f" Perhaps you meant --mode {mode[1]}."
     elif options and message.startswith("Unrecognized"):
         hint = f" Perhaps you meant {options[0][0]}."
