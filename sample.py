@@ -13,7 +13,6 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from config import Config, SampleConfig, UserError
 from dataset import CLASSES, NO_LABEL, to_uint8
@@ -21,6 +20,7 @@ from diffusion import Denoiser, Network, NoiseSchedule, make_denoiser
 from model import UNet
 from samplers import SAMPLERS, spaced_timesteps
 from support import checkpoint, plots, selection
+from support.console import progress_bar, say
 from support.files import make_folder, write_atomically, write_results
 from support.loading import NOTICE
 from support.precision import autocast
@@ -30,6 +30,7 @@ from support.settings import SAMPLER_OF, SAMPLING, network_settings, validate
 
 SHOWN = 6  # images in the pictures of the process
 COLUMNS, FRAMES = 15, 60  # states in process.png and in process.gif, at most
+FEW_SEEN = 20_000  # images, a minute on two CPU cores: what was trained with fewer can't be expected to sample well
 LABELS_PER_CLASS = 10  # of each class in a block of labels
 
 
@@ -202,11 +203,12 @@ def provenance(model: LoadedModel, request: SampleRequest) -> dict[str, str]:
 
 
 def sample_images(model: LoadedModel, request: SampleRequest, shown: int = 0,
-                  progress: bool = False) -> tuple[Tensor, Tensor]:
+                  progress: str = "") -> tuple[Tensor, Tensor]:
     """Images [N, 1, 28, 28] in [-1, 1], and the states uint8 [K+1, shown, 1, 28, 28] of the first ones from T to 0.
 
     Both are on the CPU and the same in every process. Image i takes slot i % chunk of a chunk whose other slots may be
-    empty; chunks are shared out among processes. Raises UserError if a state stops being finite.
+    empty; chunks are shared out among processes. `progress`: words before a progress bar, "" for none. Raises UserError
+    if a state stops being finite.
     """
     runtime = model.runtime
     chunks: dict[int, list[int]] = {}  # chunk number -> positions in request.indices
@@ -217,16 +219,17 @@ def sample_images(model: LoadedModel, request: SampleRequest, shown: int = 0,
     def work() -> tuple[Tensor, Tensor]:
         images = torch.zeros(len(request.indices), 1, 28, 28)
         states = torch.zeros(len(request.timesteps), min(shown, len(images)), 1, 28, 28, dtype=torch.uint8)
-        bar = tqdm(total=len(mine) * len(request.timesteps), desc="sampling", unit="step", leave=False,
-                   disable=not (progress and runtime.rank == 0))
+        bar = progress_bar(progress != "" and runtime.rank == 0, total=len(images), desc=progress, unit=" images",
+                           leave=False)
         with bar, torch.inference_mode(), autocast(runtime.device, runtime.bf16):
-            for positions in mine:
+            for chunk, positions in enumerate(mine):
                 seen = positions[:sum(position < states.shape[1] for position in positions)]  # positions ascend
                 part = request._replace(indices=[request.indices[position] for position in positions],
                                         labels=request.labels[positions])
                 for number, x in enumerate(_chunk_states(model, part)):
                     states[number, seen] = to_uint8(x[:len(seen)]).cpu()
-                    bar.update()
+                    done = (chunk + number / request.options.steps) / len(mine)  # by all processes, as by this one
+                    bar.update(int(done * len(images)) - bar.n)
                 images[positions] = x.float().cpu()
         return images, states
 
@@ -267,7 +270,7 @@ def main(config: Config, runtime: Runtime) -> None:
     announce(model, request)
     folder = selection.results_folder(model.path, model.digest)
     runtime.on_rank0(lambda: make_folder(folder) and None)
-    images, states = sample_images(model, request, SHOWN, progress=True)
+    images, states = sample_images(model, request, SHOWN, progress="sampling")
     for path in runtime.on_rank0(lambda: write_images(folder, to_uint8(images), model, request, states)):
         runtime.say(f"  {path}")
 
@@ -283,7 +286,7 @@ def announce(model: LoadedModel, request: SampleRequest) -> None:
 def write_images(folder: Path, images: Tensor, model: LoadedModel, request: SampleRequest,
                  states: Tensor) -> list[Path]:
     """Writes pictures and arrays, and returns their paths. Warns if the images don't look like the training images."""
-    warn_if_broken(images, model.data)
+    warn_if_broken(images, model)
     options, source = request.options, provenance(model, request)
     arrays = images.permute(0, 2, 3, 1).numpy(), request.labels.numpy()  # in the convention of OpenAI's evaluators
     # Evenly spaced states, with both ends.
@@ -301,8 +304,11 @@ def write_images(folder: Path, images: Tensor, model: LoadedModel, request: Samp
     return write_results(folder, writers)
 
 
-def warn_if_broken(images: Tensor, data: dict[str, Any]) -> None:
-    """Warns if images look nothing like the data that the network was trained on."""
+def warn_if_broken(images: Tensor, model: LoadedModel) -> None:
+    """Warns if images look nothing like the data that the network was trained on, unless it had no time to learn it."""
+    data, seen = model.data, model.step * model.settings.get("train", {}).get("batch_size", 64)
     if problem := plots.looks_broken(images, **{key: data[key] for key in ("mean", "std") if key in data}):
-        print(f"WARNING: these images do not look like {data.get('name', 'the training images')} ({problem}). Was the "
-              "network trained long enough, with a falling loss?", flush=True)
+        say(f"note: the images are still {problem}: the network has seen {seen:,}, and it takes tens of thousands."
+            if seen < FEW_SEEN else
+            f"WARNING: these images do not look like {data.get('name', 'the training images')} ({problem}). Was the "
+            "network trained long enough, with a falling loss?")

@@ -60,7 +60,7 @@ def main(argv: list[str]) -> None:
                 "precision": "bf16" if here.bf16 else "fp32"}
             if any({key: other.get(key) for key in row} == row for other in table):
                 continue
-            sampled = torch.cat([sample_images(model, request, progress=True)[0] for request in requests])
+            sampled = torch.cat([sample_images(model, request, progress="sampling")[0] for request in requests])
             found = rows(reference.measure(dataset.to_uint8(sampled), labels)[0], reference.baseline)
             table.append(row | {"evaluations": requests[0].evaluations} | {
                 f"{key}_{part}".removesuffix("_value"): n for key, one in found.items() for part, n in one.items()})

@@ -73,18 +73,23 @@ def main(config: Config, runtime: Runtime) -> None:
     runtime.say("\n".join(settings_differences(a, b)))
     made: list[Reference] = []
     runtime.on_rank0(lambda: made.append(make_reference(config, train, test, a.requests[0].labels)))
-    images = [[to_uint8(sample_images(model, request, progress=True)[0])
-               for model, request in zip(side.models, side.requests)] for side in sides]
+    images = [[to_uint8(sample_images(model, request, progress=f"sampling {letter}: {name(model)}")[0])
+               for model, request in zip(side.models, side.requests)] for letter, side in zip("ab", sides)]
 
     def measure() -> list[Path]:
         for side, sampled in zip(sides, images):
             for model, each in zip(side.models, sampled):
-                warn_if_broken(each, model.data)
+                warn_if_broken(each, model)
         measured = [[made[0].measure(each, a.requests[0].labels)[0] for each in sampled] for sampled in images]
         return report(sides, measured, made[0].baseline, [sampled[0] for sampled in images])
 
     for path in runtime.on_rank0(measure):
         runtime.say(f"  {path}")
+
+
+def name(model: LoadedModel) -> str:
+    """Of its run or file, as its results folder has it."""
+    return selection.results_folder(model.path, model.digest).name
 
 
 def load_side(text: str, config: Config, runtime: Runtime) -> Side:

@@ -35,7 +35,7 @@ def main(config: Config, runtime: Runtime) -> None:
     announce(model, request)
     made: list[Reference] = []
     runtime.on_rank0(lambda: made.append(make_reference(config, train, test, request.labels)))
-    images = to_uint8(sample_images(model, request, progress=True)[0])
+    images = to_uint8(sample_images(model, request, progress="sampling")[0])
     for path in runtime.on_rank0(lambda: report(images, model, request, made[0])):
         runtime.say(f"  {path}")
 
