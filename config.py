@@ -21,6 +21,9 @@ class UserError(Exception):
     def __str__(self) -> str:  # names in a damaged file may hold anything, line ends too
         return "".join(letter if letter.isprintable() else "?" for letter in super().__str__())
 
+    def _render_traceback_(self) -> list[str]:  # what a notebook shows: the line alone
+        return [f"error: {self}"]
+
 
 class OnlyFor(NamedTuple):
     """Marks an option of one sampler, which its function in samplers.py takes by the same name."""
@@ -81,7 +84,7 @@ class TrainConfig:
     clip_loss: bool = True  # no loss where the predicted x0 overshoots black or white
     focus: Annotated[float, Ge(0), Lt(1)] = 0.7  # share of a batch drawn from alpha_bar 0.1 to 0.65
     label_dropout: Share = 0.05  # share of images trained without their label
-    preview: Annotated[int, Ge(0), Le(1024)] = 64  # images in each preview grid during training; 0: none
+    preview: Annotated[int, Ge(0), Le(1024)] = 60  # images in each preview grid during training; 0: none
     deterministic: bool = True  # on a GPU too, a seed gives the same weights, bit for bit; it may cost some speed
     fresh: bool = False  # start over; old checkpoints and results are kept in old1/, old2/, ...
     same_code: bool = False  # continue a run although the code changed: safe for comments and renames

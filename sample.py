@@ -13,7 +13,6 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 import support  # noqa: F401 (first, since it checks which modules these are)
 from config import Config, SampleConfig, UserError
@@ -22,6 +21,7 @@ from diffusion import Denoiser, Network, NoiseSchedule, make_denoiser
 from model import UNet
 from samplers import SAMPLERS, Randn, Steps, spaced_timesteps
 from support import checkpoint, plots, selection
+from support.console import progress_bar, say
 from support.files import make_folder, write_atomically, write_results
 from support.loading import NOTICE
 from support.precision import autocast
@@ -63,6 +63,11 @@ class LoadedModel:
     def data(self) -> dict[str, Any]:
         data = self.history.get("data")
         return data if isinstance(data, dict) else {}
+
+    @property
+    def images_seen(self) -> int:
+        """Training images that the network has seen, each as often as it was in a batch."""
+        return self.step * self.settings.get("train", {}).get("batch_size", 64)
 
     @property
     def label_dropout(self) -> float:
@@ -245,11 +250,12 @@ def provenance(model: LoadedModel, request: SampleRequest) -> dict[str, str]:
 
 
 def sample_images(model: LoadedModel, request: SampleRequest, shown: int = 0,
-                  progress: bool = False) -> tuple[Tensor, Tensor]:
+                  progress: str = "") -> tuple[Tensor, Tensor]:
     """Images [N, 1, 28, 28] in [-1, 1], and the states uint8 [K+1, shown, 1, 28, 28] of the first ones from T to 0.
 
     Both are on the CPU and the same in every process. Image i takes slot i % chunk of a chunk whose other slots may be
-    empty; chunks are shared out among processes. Raises UserError if a state stops being finite.
+    empty; chunks are shared out among processes. `progress`: words before a progress bar, "" for none. Raises UserError
+    if a state stops being finite.
     """
     runtime = model.runtime
     chunks: dict[int, list[int]] = {}  # chunk number -> positions in request.indices
@@ -260,16 +266,17 @@ def sample_images(model: LoadedModel, request: SampleRequest, shown: int = 0,
     def work() -> tuple[Tensor, Tensor]:
         images = torch.zeros(len(request.indices), 1, 28, 28, dtype=torch.float32)
         states = torch.zeros(len(request.timesteps), min(shown, len(images)), 1, 28, 28, dtype=torch.uint8)
-        bar = tqdm(total=len(mine) * len(request.timesteps), desc="sampling", unit="step", leave=False,
-                   disable=not (progress and runtime.rank == 0))
+        bar = progress_bar(progress != "" and runtime.rank == 0, total=len(images), desc=progress, unit=" images",
+                           leave=False)
         with bar, torch.inference_mode(), autocast(runtime.device, runtime.bf16):
-            for positions in mine:
+            for chunk, positions in enumerate(mine):
                 seen = positions[:sum(position < states.shape[1] for position in positions)]  # positions ascend
                 part = request._replace(indices=[request.indices[position] for position in positions],
                                         labels=request.labels[positions])
                 for number, x in enumerate(_chunk_states(model, part)):
                     states[number, seen] = to_uint8(x[:len(seen)]).cpu()
-                    bar.update()
+                    done = (chunk + number / request.options.steps) / len(mine)  # by all processes, as by this one
+                    bar.update(int(done * len(images)) - bar.n)
                 images[positions] = x.float().cpu()
         return images, states
 
@@ -306,7 +313,7 @@ def main(config: Config, runtime: Runtime) -> None:
     announce(model, request)
     folder = selection.results_folder(model.path, model.digest)
     runtime.on_rank0(lambda: make_folder(folder) and None)
-    images, states = sample_images(model, request, SHOWN, progress=True)
+    images, states = sample_images(model, request, SHOWN, progress="sampling")
     for path in runtime.on_rank0(lambda: write_images(folder, to_uint8(images), model, request, states)):
         runtime.say(f"  {path}")
 
@@ -336,7 +343,7 @@ def announce(model: LoadedModel, request: SampleRequest) -> None:
 def write_images(folder: Path, images: Tensor, model: LoadedModel, request: SampleRequest,
                  states: Tensor) -> list[Path]:
     """Writes pictures and arrays, and returns their paths. Warns if the images don't look like the training images."""
-    plots.warn_if_broken(images, model.data)
+    plots.warn_if_broken(images, model.data, model.images_seen)
     options, source = request.options, provenance(model, request)
     arrays = images.permute(0, 2, 3, 1).numpy(), request.labels.numpy()  # in the convention of OpenAI's evaluators
     # Evenly spaced states, with both ends.

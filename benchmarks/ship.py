@@ -47,7 +47,7 @@ def ship_digits() -> None:
     with start(config) as runtime:
         model = load_checkpoint(selection.PRETRAINED, runtime)
         request = make_request(model, replace(config.sample, digits="0123456789"), SEED, COUNT)
-        images, labels = to_uint8(sample_images(model, request, progress=True)[0])[:, 0], request.labels
+        images, labels = to_uint8(sample_images(model, request, progress="sampling")[0])[:, 0], request.labels
     make_folder(loading.GENERATED)
     for split, part in (("train", slice(0, COUNT - TEST)), ("test", slice(COUNT - TEST, COUNT))):
         for name, array in zip(idx.FILES[split], (images[part].numpy(), labels[part].numpy().astype(np.uint8))):

@@ -63,7 +63,7 @@ def main(argv: list[str]) -> None:
                 "precision": "bf16" if runtime.bf16 else "fp32"}
             if any({key: line.get(key) for key in row} == row for line in table):
                 continue
-            sampled = torch.cat([sample_images(model, request, progress=True)[0] for request in requests])
+            sampled = torch.cat([sample_images(model, request, progress="sampling")[0] for request in requests])
             metrics = rows(reference.measure(dataset.to_uint8(sampled), labels).estimates, reference.baseline)
             table.append(row | {"evaluations": requests[0].evaluations} | {
                 f"{key}_{part}".removesuffix("_value"): number

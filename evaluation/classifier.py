@@ -13,12 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from tqdm import tqdm
 
 from config import ROOT, UserError
 from dataset import CLASSES, LabelledImages, to_unit
 from support.checkpoint import read_tensors, weights_digest
-from support.console import place
+from support.console import progress_bar
 from support.files import make_folder, write_atomically
 
 SHIPPED = ROOT / "checkpoints" / "classifier.safetensors"  # of MNIST
@@ -91,9 +90,6 @@ def dataset_classifier(name: str, digest: str, train: LabelledImages, test: Labe
         if len(test) < FEWEST:
             raise UserError(f"--dataset {name}: it has {len(test)} test images, and the classifier that measures needs "
                             f"at least {FEWEST}; add some")
-        if place().world != 1:
-            raise UserError(f"--dataset {name}: its classifier is not trained yet, and the other processes would wait "
-                            "for minutes; run one process first")
         print(f"The images of {name} need a classifier of their own: it is trained once (a few minutes for 60,000 "
               f"images) and kept in {path}.", flush=True)
         classifier = train_classifier(train.images, train.labels)
@@ -118,7 +114,7 @@ def train_classifier(images: Tensor, labels: Tensor, seed: int = 0, epochs: int 
     steps = epochs * (len(images) // size)
     optimizer = torch.optim.AdamW(network.parameters(), lr=LR, weight_decay=0.02)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LR, total_steps=steps, pct_start=0.2)
-    with tqdm(total=steps, desc="training the classifier", unit="step", leave=False) as bar:
+    with progress_bar(total=steps, desc="training the classifier", unit="step", leave=False) as bar:
         for _ in range(epochs):
             order = torch.randperm(len(images), generator=random)
             for index in order[:len(order) // size * size].split(size):

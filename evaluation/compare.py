@@ -50,7 +50,7 @@ def main(config: Config, runtime: Runtime) -> None:
     runtime.say("\n".join(settings_differences(*sides)))
     references: list[Reference] = []  # the first process has one
     runtime.on_rank0(lambda: references.append(make_common_reference(sides, config, train, test)))
-    images = [sample_side(side) for side in sides]
+    images = [sample_side(side, letter) for side, letter in zip(sides, "ab")]
 
     def measure() -> list[Path]:
         measured = [measure_side(side, side_images, references[0]) for side, side_images in zip(sides, images)]
@@ -58,6 +58,11 @@ def main(config: Config, runtime: Runtime) -> None:
 
     for path in runtime.on_rank0(measure):
         runtime.say(f"  {path}")
+
+
+def run_name(model: LoadedModel) -> str:
+    """The name of a network's run or file, as its results folder has it."""
+    return selection.results_folder(model.path, model.digest).name
 
 
 def load_side(text: str, config: Config, runtime: Runtime) -> Side:
@@ -138,7 +143,7 @@ def settings_differences(a: Side, b: Side) -> list[str]:
     changed = [f"{name} {value_a} / {value_b}" for name, value_a, value_b in settings.differences(*stored)]
     code = [model.history.get("code", {}) for model in (model_a, model_b)]
     files = [name for name in {**code[0], **code[1]} if code[0].get(name) != code[1].get(name)]
-    efforts = [(fmean(model.step * model.settings["train"].get("batch_size", 64) for model in side.models),
+    efforts = [(fmean(model.images_seen for model in side.models),
                 fmean(model.history.get("seconds", 0.0) for model in side.models)) for side in (a, b)]
     lines = []
     for letter, side, (images, seconds) in zip("ab", (a, b), efforts):
@@ -155,16 +160,16 @@ def settings_differences(a: Side, b: Side) -> list[str]:
     return lines
 
 
-def sample_side(side: Side) -> list[Tensor]:
+def sample_side(side: Side, letter: str) -> list[Tensor]:
     """The images uint8 [N, 1, 28, 28] of each of its networks, the same in every process."""
-    return [to_uint8(sample_images(model, request, progress=True)[0])
+    return [to_uint8(sample_images(model, request, progress=f"sampling {letter}: {run_name(model)}")[0])
             for model, request in zip(side.models, side.requests)]
 
 
 def measure_side(side: Side, images: Sequence[Tensor], reference: Reference) -> list[Estimates]:
     """The metrics of each of its networks; warns of images that are plainly broken."""
     for model, sampled in zip(side.models, images):
-        plots.warn_if_broken(sampled, model.data)
+        plots.warn_if_broken(sampled, model.data, model.images_seen)
     return [reference.measure(sampled, request.labels).estimates for sampled, request in zip(images, side.requests)]
 
 

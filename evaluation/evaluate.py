@@ -45,7 +45,7 @@ def main(config: Config, runtime: Runtime) -> None:
     announce(model, request)
     references: list[Reference] = []  # the first process has one
     runtime.on_rank0(lambda: references.append(make_reference(config, train, test, request.labels)))
-    images = to_uint8(sample_images(model, request, progress=True)[0])
+    images = to_uint8(sample_images(model, request, progress="sampling")[0])
     for path in runtime.on_rank0(lambda: report(images, model, request, references[0])):
         runtime.say(f"  {path}")
 

@@ -236,6 +236,7 @@ def make_reference(config: Config, train: LabelledImages, test: LabelledImages, 
     if int(labels.max()) < CLASSES:
         baseline_sets(train.labels.cpu(), labels)  # raises before minutes of training
     digest, classifier = describe(train, "")["digest"], None
+    print("Measuring the real images, with which samples are compared.", flush=True)
     if config.dataset == "generated" or digest == MNIST_DIGEST:
         classifier = load_classifier()
     elif len(train.labels.unique()) > 1:

@@ -33,15 +33,15 @@ ADVICE = "use another file, or train again"
 def save(path: Path, state: Mapping[str, Any]) -> None:
     """Writes a state: nested dicts, lists and tuples of tensors and plain values; its keys are KEYS but the last two.
 
-    Raises UserError if it can't be written; the file that was there stays. An old last.safetensors becomes previous.*.
+    Raises WriteError if it can't be written; the file that was there stays. An old last.safetensors becomes previous.*.
     """
     content = {key: state[key] for key in KEYS if key not in ("version", "digest")} | {"version": FORMAT_VERSION}
     tensors: dict[str, Tensor] = {}
     outline = _outline(content, "", tensors)
     metadata = {"content": json.dumps(outline), "digest": _digest(outline, tensors)}
     data = safetensors.torch.save(tensors, metadata)
-    for stale in path.parent.glob(f".{path.name}.*.part"):  # left by a kill in the middle of a save
-        with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError):
+        for stale in path.parent.glob(f".{path.name}.*.part"):  # left by a kill in the middle of a save
             stale.unlink()
     write_atomically(path, lambda file: file.write(data), _keep_previous if path.name == LAST else None)
 

@@ -1,8 +1,9 @@
-"""What the program says: streams that may be closed, and the one process of torchrun that speaks. Imports no torch."""
+"""What the program says: lines, progress bars, streams that may be closed, torchrun's process that speaks. No torch."""
 
 import contextlib
 import os
 import sys
+import warnings
 from collections import namedtuple
 from collections.abc import Iterator
 from typing import Any, cast
@@ -19,6 +20,30 @@ def place() -> Place:
         return found if sensible and all(os.environ[name] for name in TORCHRUN) else Place()
     except (KeyError, ValueError):
         return Place()
+
+
+def say(*words: Any) -> None:
+    """Prints a line at once, above a progress bar if there is one."""
+    from tqdm import tqdm
+
+    with tqdm.external_write_mode():
+        print(*words, flush=True)
+
+
+def progress_bar(shown: bool = True, **options: Any) -> Any:
+    """A bar of tqdm in a terminal, a widget in a notebook; none, which its `disable` says, into a file or a pipe.
+
+    tqdm's environment variables (TQDM_DISABLE, TQDM_MININTERVAL, ...) go before the options.
+    """
+    with warnings.catch_warnings():  # of a notebook without ipywidgets, where there is no bar either
+        warnings.simplefilter("ignore")
+        from tqdm.auto import tqdm
+    # dynamic_ncols: else each refresh leaves a line after the window was narrowed
+    options = {"disable": None, "dynamic_ncols": True, "mininterval": 0.5, "smoothing": 0.05} | options
+    if "TQDM_NCOLS" in os.environ:
+        del options["dynamic_ncols"]
+    options = {name: value for name, value in options.items() if f"TQDM_{name.upper()}" not in os.environ}
+    return tqdm(**options | ({} if shown else {"disable": True}))
 
 
 class Guarded:

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import os
+import platform
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -10,16 +11,21 @@ from typing import Any, BinaryIO
 import filelock
 
 from config import UserError
+from support.console import say
 
 LOCK, HOLDER = "lock", "lock-holder"  # in a run's folder; the second says which process holds the first
+
+
+class WriteError(UserError):
+    """A file can't be written now. On a network drive or a full disk, or while others read it, this may pass."""
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], Any], before: Callable[[Path], Any] | None = None) -> None:
     """Calls write(binary file) on a file beside path, and before(path); then the file takes the place of path.
 
-    A link stays, and its target is replaced. Raises UserError if path can't be written, and leaves it as it was.
+    A link stays, and its target is replaced. Raises WriteError if path can't be written, and leaves it as it was.
     """
-    target = Path(os.path.realpath(path)) if path.is_symlink() else path
+    target = Path(os.path.realpath(path)) if os.path.islink(path) else path  # os.path: no error of a drive is raised
     part = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:
         with open(part, "wb") as file:
@@ -36,8 +42,8 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], Any], before: Calla
     except OSError as error:
         advice = {errno.ENOSPC: "free some space", errno.EDQUOT: "free some space",
                   errno.ENOENT: "make its folder first"}.get(error.errno or 0, "make it writable, or check the disk")
-        kept = "; the file that was there is untouched" if path.is_file() else ""
-        raise UserError(f"{path}: can't be written ({error.strerror or error}): {advice}{kept}") from None
+        kept = "; the file that was there is untouched" if os.path.isfile(path) else ""
+        raise WriteError(f"{path}: can't be written ({error.strerror or error}): {advice}{kept}") from None
     finally:
         with contextlib.suppress(OSError):
             part.unlink(missing_ok=True)
@@ -52,7 +58,7 @@ def write_results(folder: Path, writers: Mapping[str, Callable[[Path], None]]) -
             written.append(folder / name)
         except (UserError, ImportError, OSError, ValueError) as error:  # a full disk, a matplotlib that can't be loaded
             problem = error if isinstance(error, UserError) else f"{folder / name}: {type(error).__name__}: {error}"
-            print(f"WARNING: {problem}", flush=True)
+            say(f"WARNING: {problem}")
     return written
 
 
@@ -92,9 +98,9 @@ def lock(folder: Path) -> Iterator[None]:
         except (OSError, NotImplementedError) as error:
             if isinstance(error, PermissionError) or getattr(error, "errno", None) == errno.EROFS:
                 raise UserError(f"{folder}: {error}; make it writable, or choose another --name") from None
-            print(f"WARNING: {folder} can't be locked ({error}); don't start a second run of this name.", flush=True)
+            say(f"WARNING: {folder} can't be locked ({error}); don't start a second run of this name.")
         else:
             with contextlib.suppress(OSError):
-                holder.write_text(f"process {os.getpid()} on {os.uname().nodename}", "utf-8")
+                holder.write_text(f"process {os.getpid()} on {platform.node()}", "utf-8")
                 held.callback(holder.unlink, missing_ok=True)
         yield

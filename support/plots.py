@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps, PngImagePlugin
 
+from support.console import say
 from support.files import write_atomically
 
 DPI = 128  # of figures; a power of two, so that none of their sizes in pixels is rounded
@@ -29,6 +30,7 @@ STYLE: Any = {  # min_exponent: plain numbers on log axes, such as 0.01
 LANDMARK: Any = {"color": "black", "linewidth": 1, "linestyle": (0, (4, 3))}  # a line at the value to compare with
 FLAT_LOSS = ("A curve that soon looks flat is normal: most of the loss is noise that no network can predict.\n"
              "Pictures go on improving while it falls by a few per cent, so judge a run by them and by mode evaluate.")
+FEW_SEEN = 20_000  # images, a minute on two CPU cores: a network that has seen fewer can't be expected to sample well
 STROKE_LEVEL = 100  # a pixel at least this bright is part of a stroke
 GAP = 5  # columns from one digit's stroke to the next one's, where they come closest: 4 stay empty
 OVERLAP = 4  # pixels by which one digit may reach over its neighbour, as a 7 over a 4
@@ -214,11 +216,13 @@ def looks_broken(images: ArrayLike, mean: float = 0.1307, std: float = 0.3081) -
     return "static" if correlation < 0.5 else "washed out" if pixels.mean() > mean + std else None
 
 
-def warn_if_broken(images: ArrayLike, data: Mapping[str, Any]) -> None:
-    """Warns if images look nothing like the data that the network was trained on."""
+def warn_if_broken(images: ArrayLike, data: Mapping[str, Any], images_seen: int) -> None:
+    """Warns if images look nothing like the data that the network was trained on, unless it had no time to learn it."""
     if problem := looks_broken(images, **{key: data[key] for key in ("mean", "std") if key in data}):
-        print(f"WARNING: these images do not look like {data.get('name', 'the training images')} ({problem}). Was the "
-              "network trained long enough, with a falling loss?", flush=True)
+        say(f"note: the images are still {problem}: the network has seen {images_seen:,}, and it takes tens of "
+            "thousands." if images_seen < FEW_SEEN else
+            f"WARNING: these images do not look like {data.get('name', 'the training images')} ({problem}). Was the "
+            "network trained long enough, with a falling loss?")
 
 
 def _tiles(images: ArrayLike, scale: int = 1) -> np.ndarray:

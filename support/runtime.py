@@ -2,9 +2,12 @@
 
 import contextlib
 import ctypes
+import functools
 import getpass
 import os
+import re
 import signal
+import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
@@ -37,7 +40,7 @@ class Runtime:
     def say(self, *words: Any) -> None:
         """Prints in the first process alone."""
         if self.rank == 0:
-            print(*words, flush=True)
+            console.say(*words)
 
     def training_precision(self, wanted: Precision) -> Precision:
         """fp32 or bf16, for the convolutions and linear layers of training steps; auto: bf16 where it is fast."""
@@ -92,12 +95,16 @@ def start(config: Config) -> Iterator[Runtime]:
     if runtime.device.type == "cuda":
         torch.cuda.set_device(runtime.device)
         torch.set_float32_matmul_precision("high")  # TF32, where float32 is asked for
+    if config.device == "auto" and runtime.device.type == "cpu" and torch.cuda.is_available():
+        runtime.say(f"note: torch {torch.__version__} can't use this GPU ({kernel_error('cuda')}), so this runs on the "
+                    "CPU.")
     if place.world == 1 and os.environ.get("WORLD_SIZE", "1") != "1":
         runtime.say("note: WORLD_SIZE is set, but not all that torchrun sets, so this is a process of its own.")
     if place.world > 1:
         # NCCL moves tensors on GPUs; gloo carries the small Python objects, and everything on CPUs.
         backend = "cuda:nccl,cpu:gloo" if runtime.device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(minutes=10))
+        # Not torch's minutes: the others wait while the first one trains a classifier, measures, or tries to save.
+        dist.init_process_group(backend, timeout=timedelta(hours=24))
         dist.all_reduce(torch.zeros(1))  # all are connected before one of them may leave with an error
     try:
         yield runtime
@@ -136,7 +143,7 @@ def keep_freed_memory() -> None:
 def usable_compiler_cache() -> None:
     """Gives torch's compiler, which optimizers import too, a cache folder where it has none that can be written."""
     folder = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
-    with contextlib.suppress(OSError, KeyError):  # a user without a name, or a folder that can't be made
+    with contextlib.suppress(OSError, KeyError, ImportError):  # a user without a name, or a folder that can't be made
         if folder is None:
             getpass.getuser()  # after whom torch names the folder
             return
@@ -147,7 +154,10 @@ def usable_compiler_cache() -> None:
 
 
 def choose_device(wanted: str, local_rank: int, local_world: int) -> torch.device:
-    """CUDA, then MPS, then CPU for "auto"; cuda:N is the first process's. Raises UserError, in all of them alike."""
+    """CUDA, then MPS, then CPU for "auto"; cuda:N is the first process's. Raises UserError for one that can't be used.
+
+    A GPU may be too old for the installed torch, which shows in the first kernel: then "auto" is the CPU.
+    """
     found = {"cuda": torch.cuda.device_count() if torch.cuda.is_available() else 0,
              "mps": int(torch.backends.mps.is_available()), "cpu": 1}
     device = torch.device(next(kind for kind in found if found[kind]) if wanted == "auto" else wanted)
@@ -156,12 +166,51 @@ def choose_device(wanted: str, local_rank: int, local_world: int) -> torch.devic
     if needed > found[device.type]:
         raise UserError(f"--device {wanted}: torch {torch.__version__} finds {found[device.type]} such devices here, "
                         f"not {needed}; leave --device out, start fewer processes, or install a driver that fits")
-    return torch.device("cuda", number + local_rank) if device.type == "cuda" else device
+    device = torch.device("cuda", number + local_rank) if device.type == "cuda" else device
+    if device.type == "cpu" or not (problem := kernel_error(str(device))):
+        return device
+    if wanted == "auto" and local_world == 1:
+        return torch.device("cpu")
+    raise UserError(f"--device {wanted}: torch {torch.__version__} can't use this GPU ({problem}); use --device cpu, "
+                    "or install a torch made for it")
+
+
+@functools.cache
+def kernel_error(device: str) -> str:
+    """Why a device can't compute, the first line of it; "" if it can."""
+    try:
+        torch.zeros(1, device=device).add(1).item()  # which waits for it
+    except RuntimeError as error:
+        return str(error).strip().splitlines()[0][:120]
+    return ""
+
+
+@contextlib.contextmanager
+def memory_errors(config: Config, runtime: Runtime) -> Iterator[None]:
+    """In the block, an error of torch, on any device, or of Python that says that memory is used up is a UserError."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not (isinstance(error, (MemoryError, torch.OutOfMemoryError)) or re.search(
+                "not enough memory|can't allocate memory|out of memory|ALLOC_FAILED|bad_alloc", str(error))):
+            raise
+        size = re.search(r"allocate (\d[\d.]*) (\w+)", str(error))
+        amount = "" if size is None else (f" ({int(size[1]) / 1e9:.1f} GB more" if size[2] == "bytes" else
+                                          f" ({size[1]} {size[2]} more") + " were asked for)"
+        advice = (f"a smaller --batch-size (now {config.train.batch_size}) or network (--channels, --blocks); what the "
+                  "run has saved is kept" if config.mode == "train" else "a smaller --num-images")
+        problem = f"not enough memory on {runtime.name()}{amount}: use {advice}"
+        if runtime.rank > 0:  # of which the first process, which says the errors of all, may not know
+            print(f"error: process {runtime.rank}: {problem}", file=sys.stderr)
+        raise UserError(problem) from None
 
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[list[int]]:
-    """Within the block Ctrl-C, SIGTERM or a closed terminal is noted in the list; a second one ends the process."""
+    """Within the block Ctrl-C, SIGTERM, a closed terminal or Slurm's warning (--signal=USR1@60) is noted in the list.
+
+    A second one ends the process.
+    """
     received: list[int] = []
 
     def note(number: int, _frame: object) -> None:
@@ -169,9 +218,9 @@ def stop_signals() -> Iterator[list[int]]:
             os._exit(128 + number)  # saves are atomic, so nothing is lost
         received.append(number)
 
-    numbers = [signal.SIGINT, signal.SIGTERM]
-    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as it is under nohup
-        numbers.append(signal.SIGHUP)
+    some = [getattr(signal, name) for name in ("SIGHUP", "SIGUSR1", "SIGBREAK") if hasattr(signal, name)]
+    numbers = [signal.SIGINT, signal.SIGTERM,
+               *(number for number in some if signal.getsignal(number) is not signal.SIG_IGN)]  # as under nohup
     main_thread = threading.current_thread() is threading.main_thread()  # which alone gets signals
     before = {number: signal.signal(number, note) for number in numbers if main_thread}
     try:

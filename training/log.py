@@ -1,10 +1,12 @@
-"""The training log: metrics.csv with the test loss by noise level, loss.png, and previews.
+"""The training log: metrics.csv with the test loss by noise level, loss.png, previews, and what a terminal shows.
 
-Log points follow from the step alone, so that a resumed run has the same ones.
+In a run of --epochs log points follow from the step alone, so that a resumed run has the same ones. In one of --minutes
+they take at most LOG_SHARE of the time, and what is due earlier waits: an epoch of a few images lasts a second.
 """
 
 import functools
 import math
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from dataset import to_uint8, to_unit
 from diffusion import diffusion_loss, stratified_timesteps
 from sample import LoadedModel, make_request, sample_images
 from support import checkpoint, plots
+from support.console import progress_bar
 from support.files import write_atomically, write_results
 from support.precision import autocast
 from support.randomness import TEST_STREAM, generator
@@ -28,6 +31,7 @@ from training.state import TrainingState
 TEST_IMAGES = 1000  # of the test loss
 LEVELS = 10  # bins of t
 PREVIEW_STEPS = 10
+LOG_SHARE = 0.1  # of the training time
 
 
 def announce(state: TrainingState, before: TrainConfig | None) -> None:
@@ -35,11 +39,13 @@ def announce(state: TrainingState, before: TrainConfig | None) -> None:
     options, runtime, name = state.config.train, state.runtime, state.config.name
     parameters = sum(weight.numel() for weight in state.learner.network.parameters())
     processes = f", {runtime.world} processes" if runtime.world > 1 else ""
+    previews = f"Previews (preview-*.png) and the loss (loss.png) appear in {state.results}/ as it trains."
     runtime.say(f"Training {name} for {length(options)} on {runtime.name()}{processes}, {state.config.precision}: "
                 f"{parameters / 1e6:.2f} M parameters.")
     if before is None:
         if runtime.device.type == "cpu" and options.minutes is None:
-            runtime.say("The progress bar shows the time remaining; --minutes 10 gives a first result on a CPU.")
+            runtime.say("The time remaining is shown below; --minutes 10 gives a first result on a CPU.")
+        runtime.say(previews)
         return
     was, now = (learning_rate(o, state.step, state.progress(o)) for o in (before, options))
     runtime.say(f"Resuming the run in checkpoints/{name} ({state.effort()}) at a learning rate of {now:.2g}.")
@@ -47,6 +53,30 @@ def announce(state: TrainingState, before: TrainConfig | None) -> None:
         end = "stays there" if options.lr_schedule == "constant" else "falls to zero at the new end"
         runtime.say(f"Its length is now {length(options)} instead of {length(before)}: the learning rate changes from "
                     f"{was:.2g} to {now:.2g}, as if that had been its length from the start, and {end}.")
+    runtime.say(previews)
+
+
+class Display:
+    """What a person sees of a training: a progress bar or, where there is none, a line at each log point."""
+
+    def __init__(self, state: TrainingState) -> None:
+        self.state, self.began, self.first = state, time.perf_counter(), state.progress(state.config.train)
+        self.seconds, self.steps = state.history["seconds"], 0  # of training before this process; steps timed in it
+        self.bar = progress_bar(state.runtime.rank == 0, total=1.0, initial=self.first,
+                                bar_format="{percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}")
+
+    def show(self, loss: float | None, log_now: bool) -> None:
+        """Shows the training loss, the mean since the last log point, and the speed of this process's steps."""
+        state = self.state
+        seconds = max(state.history["seconds"] - self.seconds, 1e-9)
+        speed = self.steps * state.config.train.batch_size / seconds
+        text = (f"epoch {state.epoch(state.step):.1f}, {speed:,.0f} images/s" +
+                ("" if loss is None else f", loss {loss:.4f}"))  # None: the steps were skipped
+        self.bar.set_postfix_str(text, refresh=False)
+        if log_now and self.bar.disable:
+            progress = state.progress(state.config.train)
+            remaining = (time.perf_counter() - self.began) * (1 - progress) / max(progress - self.first, 1e-9)
+            state.runtime.say(f"{text}, {self.bar.format_interval(remaining)} remaining")
 
 
 def length(options: TrainConfig) -> str:
@@ -62,6 +92,12 @@ def preview_number(epoch: float) -> int:
 def log_number(epoch: float) -> int:
     """Number of log points passed: where a preview is due, and at each epoch from the third on."""
     return preview_number(epoch) + math.floor(max(epoch, 2.0) + 1e-9)
+
+
+def due(state: TrainingState) -> tuple[bool, bool]:
+    """Whether a log point is due after the steps done, and whether a preview is, since the last log point."""
+    now, last = state.epoch(state.step), state.epoch(state.history["columns"].get("step", [0])[-1])
+    return log_number(now) != log_number(last), preview_number(now) != preview_number(last)
 
 
 def log_point(state: TrainingState, preview: bool) -> None:

@@ -6,19 +6,20 @@ from collections import deque
 from dataclasses import replace
 from statistics import median
 
-from tqdm import tqdm
-
 import sample
 from config import Config, UserError
 from support import selection
-from support.files import lock, make_folder
+from support.files import WriteError, lock, make_folder
 from support.loading import load_both
 from support.runtime import Runtime, stop_signals
-from training.log import announce, current_model, log_number, log_point, preview_number
-from training.optimizer import learning_rate, run_length
+from training.log import LOG_SHARE, Display, announce, current_model, due, log_point
+from training.optimizer import learning_rate
 from training.state import TrainingState, new_state, read_losses, resume, save
 
 SAVE_SECONDS = 30.0  # between checkpoints
+RETRY_SECONDS = 5.0  # after a save that failed
+FAILING_SECONDS = 300.0  # in which every save failed: then the run ends
+LAST_PAUSES = (1.0, 2.0, 4.0, 8.0)  # seconds between the tries to save at the end of a run
 READ_SECONDS = 1.0  # between reads of the losses, each of which waits for the device
 SUSPENDED_SECONDS = 10.0  # a step that is longer than this,
 SUSPENDED_RATIO = 20.0  # and than so many times the median, was suspended
@@ -67,45 +68,89 @@ def train(state: TrainingState) -> int:
     options, runtime = state.config.train, state.runtime
     durations: deque[float] = deque(maxlen=101)
     slow_steps = state.learner.slow_steps  # these compile: however long that takes, two equal runs train equally
-    last_save = last_read = time.perf_counter()
-    bar = tqdm(total=run_length(options, len(state.train)) if options.minutes is None else None, initial=state.step,
-               unit="img", unit_scale=options.batch_size, disable=runtime.rank != 0, dynamic_ncols=True,
-               mininterval=0.5, smoothing=0.05)
-    with stop_signals() as stop, bar:
-        while True:
-            began = time.perf_counter()
-            progress, signal_number, save_now, read_now = runtime.all_reduce_max(
-                state.progress(options), stop[0] if stop else 0, began - last_save > SAVE_SECONDS,
-                began - last_read > READ_SECONDS)
-            if progress >= 1 or signal_number:
-                break
-            if options.minutes is not None and progress > 0.01:
-                bar.total = round(state.step / progress)  # for the time remaining
-            state.pending_losses.append(state.learner.step(state.step, learning_rate(options, state.step, progress)))
-            state.step += 1
-            bar.update()
-            now, before = state.epoch(state.step), state.epoch(state.step - 1)
-            log_now = log_number(now) != log_number(before)
-            if read_now or save_now or log_now:
-                if (loss := read_losses(state)) is not None:
-                    bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
-                last_read = time.perf_counter()
-            slow_steps -= 1
-            if slow_steps < 0:
-                state.history["seconds"] += step_seconds(time.perf_counter() - began, durations)
-            if log_now:
-                end = options.minutes is None and state.progress(options) >= 1
-                log_point(state, preview=end or preview_number(now) != preview_number(before))
-            if save_now and not state.skipped_in_a_row:
-                runtime.on_rank0(lambda: save(state))
-                last_save = time.perf_counter()
+    last_read, log_seconds, seconds_before = time.perf_counter(), 0.0, state.history["seconds"]
+    saves, display = Saves(state), Display(state)
+    with stop_signals() as stop:
+        with display.bar as bar:
+            while True:
+                began = time.perf_counter()
+                wait = options.minutes and log_seconds > LOG_SHARE * (state.history["seconds"] - seconds_before)
+                progress, signal_number, save_now, read_now, wait = runtime.all_reduce_max(
+                    state.progress(options), stop[0] if stop else 0, began > saves.due,
+                    began - last_read > READ_SECONDS, bool(wait))
+                bar.update(progress - bar.n)
+                if progress >= 1 or signal_number:
+                    break
+                lr = learning_rate(options, state.step, progress)
+                state.pending_losses.append(state.learner.step(state.step, lr))
+                state.step += 1
+                log_due, preview_due = due(state)
+                log_now = log_due and not wait
+                loss = read_losses(state) if read_now or save_now or log_now else None
+                slow_steps -= 1
+                if slow_steps < 0:
+                    state.history["seconds"] += step_seconds(time.perf_counter() - began, durations)
+                    display.steps += 1
+                if read_now or save_now or log_now:
+                    last_read = time.perf_counter()
+                    display.show(loss, log_now)
+                if log_now:
+                    end = options.minutes is None and state.progress(options) >= 1
+                    log_point(state, preview=end or preview_due)
+                    log_seconds += time.perf_counter() - last_read
+                if save_now and not state.skipped_in_a_row:
+                    saves.save()
         if signal_number:
-            runtime.say("\nStopping: saving the run (once more quits at once).")
+            runtime.say("Stopping: saving the run (once more quits at once).")
         read_losses(state)
         if progress >= 1 and state.history["running"][1]:
             log_point(state, preview=True)
-        runtime.on_rank0(lambda: save(state))
+        saves.save_at_last()
     return int(signal_number)
+
+
+class Saves:
+    """When a run is saved. A save that fails is a warning at first: what ails a disk or a network drive may pass."""
+
+    def __init__(self, state: TrainingState) -> None:
+        self.state, self.due = state, time.perf_counter() + SAVE_SECONDS
+        self.failing_since: float | None = None
+
+    def save(self) -> None:
+        """Saves, or warns and tries again soon; raises WriteError when that has failed for FAILING_SECONDS."""
+        saved = self.state.runtime.on_rank0(self._try)  # which alone decides, for all processes
+        self.due = time.perf_counter() + (SAVE_SECONDS if saved else RETRY_SECONDS)
+
+    def _try(self) -> bool:
+        say, now = self.state.runtime.say, time.perf_counter()
+        try:
+            save(self.state)
+        except WriteError as error:
+            if self.failing_since is None:
+                say(f"WARNING: {error}. The run goes on, and tries again every {RETRY_SECONDS:g} seconds.")
+                self.failing_since = now
+            if now - self.failing_since > FAILING_SECONDS:
+                raise
+            return False
+        if self.failing_since is not None:
+            say(f"The run is saved again, after step {self.state.step:,}.")
+        self.failing_since = None
+        return True
+
+    def save_at_last(self) -> None:
+        """Saves at the end of a run or at a stop, if need be in the last of several tries, which may raise WriteError.
+        """
+        def tries() -> None:
+            for pause in LAST_PAUSES:
+                try:
+                    return save(self.state)
+                except WriteError as error:
+                    if pause == LAST_PAUSES[0]:
+                        self.state.runtime.say(f"WARNING: {error}. Trying again for {sum(LAST_PAUSES):g} seconds.")
+                    time.sleep(pause)
+            save(self.state)
+
+        self.state.runtime.on_rank0(tries)
 
 
 def step_seconds(seconds: float, durations: deque[float]) -> float:
