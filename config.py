@@ -92,7 +92,7 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class SampleConfig:
-    """For sampling, in every mode (train samples at its end; experiment and compare to measure): how images are sampled."""
+    """How images are sampled: in modes sample, evaluate, compare and experiment, and at the end of mode train."""
 
     num_images: Annotated[int | None, Ge(1), Le(10**6), UNSET] = None  # unset: 256 to look at, 10000 to measure
     sampler: Literal["ddpm", "ddim", "dpmpp", "sa"] = "sa"  # DDPM, DDIM, DPM-Solver++ or SA-Solver
@@ -123,7 +123,7 @@ class Config:
     runs: Annotated[tuple[str, str] | None, tyro.conf.arg(metavar="A B", help_behavior_hint="")] = None
     # experiment: the flags of each change, such as "--schedule linear" or "--focus 0" "--focus 0.35"
     change: Changes = ()
-    trainings: Annotated[int, Ge(2), Le(100)] = 4  # experiment: of the baseline and of each change, with seeds that follow
+    trainings: Annotated[int, Ge(2), Le(100)] = 4  # experiment: of the baseline and of each change, from --seed on
     seed: Annotated[int, Ge(0), Lt(2**63)] = 0  # every random number follows from it
     device: Device = "auto"  # cuda, cuda:1, mps, cpu, or auto: the first of these that is available
     precision: Precision = "auto"  # auto: bf16 on GPUs, and in training steps on CPUs that are fast at it; else fp32

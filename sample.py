@@ -21,7 +21,7 @@ from diffusion import Denoiser, Network, NoiseSchedule, make_denoiser
 from model import UNet
 from samplers import SAMPLERS, Randn, Steps, spaced_timesteps
 from support import checkpoint, plots, selection
-from support.console import progress_bar, say
+from support.console import progress_bar
 from support.files import make_folder, write_atomically, write_results
 from support.loading import NOTICE
 from support.precision import autocast

@@ -23,7 +23,7 @@ from evaluation import statistics
 from evaluation.differences import Difference, compare_networks, compare_trainings
 from evaluation.evaluate import image_count, require_training_images
 from evaluation.reference import DECIDING, FEWEST, Baseline, Estimates, Reference, baseline_size, make_reference, rows
-from evaluation.tables import aligned
+from evaluation.tables import aligned, metric_cell
 from sample import LoadedModel, SampleRequest, load_checkpoint, make_request, provenance, sample_images
 from support import loading, plots, selection, settings
 from support.files import make_folder, write_atomically, write_results
@@ -174,16 +174,21 @@ def measure_side(side: Side, images: Sequence[Tensor], reference: Reference) -> 
 
 
 def table(differences: Sequence[Difference], baseline: Baseline, images: int) -> str:
-    """Each metric's values of so many images, the change with its 95% interval, and the baseline."""
+    """Each metric's values of so many images, the change with its 95% interval, and the baseline.
+
+    Distances are multiples of the baseline, if that has as many images.
+    """
     size = len(baseline.labels)
-    lines = [[f"N = {images:,}", "a", "b", "change", "95% interval",
-              "baseline" if size == images else f"baseline ({size:,})"]]
+    alike = size == images
+    lines = [[f"N = {images:,}", "a", "b", "change", "95% interval", "baseline" if alike else f"baseline ({size:,})"]]
     for difference in differences:
-        key, heading, form, _ = difference.metric
+        metric = difference.metric
+        values = [metric_cell(metric, estimate, baseline) if alike and metric.distance
+                  else metric.form.format(estimate.value) for estimate in (difference.a, difference.b)]
         interval = f"{difference.show(difference.low)} to {difference.show(difference.high)}"
-        lines.append([heading + " (decides)" * (key == DECIDING), form.format(difference.a.value),
-                      form.format(difference.b.value), difference.show(difference.change),
-                      interval + " *"[difference.significant], form.format(baseline.estimates[key].value)])
+        lines.append([metric.heading, *values, difference.show(difference.change),
+                      interval + " *"[difference.significant], "1x" if alike and metric.distance
+                      else metric.form.format(baseline.estimates[metric.key].value)])
     return aligned(lines)
 
 
@@ -210,8 +215,9 @@ def conclusion(sides: Sequence[Side], differences: Sequence[Difference], baselin
         lines.append("This is about these two networks, not about their recipes: trainings of the default recipe that "
                      "differ by their seed alone differ by 10% (standard deviation). Train three a side to compare "
                      "recipes.")
-    lines.append("*: the interval excludes 0. The other metrics' intervals are each wrong one time in twenty. Lower "
-                 "distances are closer; all else is best where the baseline is.")
+    lines += ["*: the interval excludes 0. The other metrics' intervals are each wrong one time in twenty.",
+              "Lower distances are closer; all else is best where the baseline is.",
+              "Changes of distances are in per cent, all others in percentage points."]
     if (size := len(baseline.labels)) < images:
         lines.append(f"The baseline has {size:,} images, as many as two disjoint sets of real images allow. Distances "
                      "fall with the number of images, so these are no multiples of it.")

@@ -30,8 +30,10 @@ class Difference(NamedTuple):
         return not self.low <= 0 <= self.high
 
     def show(self, value: float) -> str:
-        """A change as a text: per cent for distances, percentage points for shares."""
-        return f"{100 * value:+.1f}%" if self.metric.distance else f"{100 * value:+.2f} pt"
+        """A change as a text: in per cent for distances, in percentage points for all else."""
+        if not self.metric.distance:
+            return f"{100 * value:+.2f}"
+        return f"{100 * value:+.1f}%" if abs(value) < 0.0995 else f"{100 * value:+,.0f}%"
 
 
 def compare_networks(a: Estimates, b: Estimates, baseline: Baseline) -> list[Difference]:

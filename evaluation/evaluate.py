@@ -13,9 +13,9 @@ from torch import Tensor
 from config import Config, SampleConfig, UserError
 from dataset import CLASSES, class_name, describe, to_uint8
 from evaluation.metrics import nearest, share_closer
-from evaluation.reference import FEWEST, FEWEST_OF_CLASS, METRICS, Measurement, Reference, make_reference, rows
+from evaluation.reference import FEWEST, METRICS, Measurement, Reference, make_reference, rows
 from evaluation.statistics import FEWEST_FOR_ERRORS
-from evaluation.tables import aligned
+from evaluation.tables import aligned, baseline_cell, metric_cell
 from sample import (
     LABELS_PER_CLASS,
     LoadedModel,
@@ -106,7 +106,7 @@ def report(images: Tensor, model: LoadedModel, request: SampleRequest, reference
                "class_distances": {k: {"value": value, "baseline": baseline.class_distances[k]}
                                    for k, value in measurement.class_distances.items()},
                "closer_than_test": closer}
-    print(table(content, len(baseline.sets)))
+    print(table(measurement, reference))
     print(explain(measurement, reference, closer, model.data.get("name", "")))
     folder = make_folder(selection.results_folder(model.path, model.digest))
     if (old := keep_other_report(folder, identity)) is not None:
@@ -131,32 +131,26 @@ def keep_other_report(folder: Path, identity: dict[str, Any]) -> Path | None:
     return set_aside(files, folder)
 
 
-def table(content: dict[str, Any], sets: int) -> str:
-    """The table for the terminal: the model, its errors, the baseline of so many sets, and the test set."""
-    names = (("model", "metrics", "value"), ("  ± standard error", "metrics", "error"),
-             ("  times the baseline", "metrics", "ratio"), ("baseline: real vs real", "baseline", "value"),
-             (f"  spread of {sets} sets", "baseline", "error"),
-             (f"test set ({content['test_images']:,})", "test_set", "value"),
-             ("  times its baseline", "test_set", "ratio"))
-    lines = [[name, *(cell(content[row].get(metric.key, {}), part, metric.form) for metric in METRICS)]
-             for name, row, part in names]
-    heading = [f"N = {content['images']:,}", *(metric.heading for metric in METRICS)]
-    return aligned([heading, *(line for line in lines if any(line[1:]))])
-
-
-def cell(row: dict[str, Any], part: str, form: str) -> str:
-    """A number of the table, if there is one: a multiple of the baseline with its error, such as 5.10±0.20x."""
-    value, error = row.get(part), row.get("ratio_error")
-    if value is None or part != "ratio":
-        return "" if value is None else form.format(value)
-    digits = 2 if value < 10 else 1
-    return f"{value:.{digits}f}x" if error is None else f"{value:.{digits}f}±{error:.{digits}f}x"
+def table(measurement: Measurement, reference: Reference) -> str:
+    """The table for the terminal, a row for each metric: the sampled images, the baseline and the test set."""
+    test, test_baseline = reference.test_set
+    lines = [[f"N = {len(reference.baseline.labels):,}", "sampled", "baseline",
+              f"test set ({len(reference.test_subset):,})"]]
+    for metric in METRICS:
+        if estimate := measurement.estimates.get(metric.key):
+            lines.append([metric.heading, metric_cell(metric, estimate, reference.baseline),
+                          baseline_cell(metric, reference.baseline),
+                          metric_cell(metric, test.estimates.get(metric.key), test_baseline)])
+    return aligned(lines)
 
 
 def explain(measurement: Measurement, reference: Reference, closer: float, data: str) -> str:
     """What the table's numbers don't say by themselves."""
     baseline, classifier = reference.baseline, reference.classifier
-    lines = ["Distances are to the training images: lower is closer. All else is best where the baseline is."]
+    lines = ["Distances are multiples (x) of the baseline, the distance of real training images from the rest.",
+             "Lower distances are closer; all else is best where the baseline is.",
+             f"±: standard errors; of the baseline, the spread of its {len(baseline.sets)} sets. The test set has a "
+             "baseline of as many images."]
     if len(baseline.labels) < FEWEST_FOR_ERRORS:
         lines.append(f"Errors need at least {FEWEST_FOR_ERRORS:,} images.")
     if ratios := [(value / baseline.class_distances[k], k) for k, value in measurement.class_distances.items()]:
@@ -164,14 +158,12 @@ def explain(measurement: Measurement, reference: Reference, closer: float, data:
         lines.append(f"Class-wise distance: largest for {class_name(data, worst)} ({high:.1f}x its baseline), smallest "
                      f"for {class_name(data, best)} ({low:.1f}x).")
     elif classifier is not None:
-        lines.append(f"A class-wise distance needs {FEWEST_OF_CLASS} samples with the label of a class, and {FEWEST} "
-                     "real images of it outside each set of the baseline.")
+        lines.append("No class-wise distance: too few images of a class (400 of each are enough).")
     test, _ = reference.test_set
     if few := [class_name(data, k) for k in baseline.class_distances if k not in test.class_distances]:
         lines.append(f"Too few test images for a class-wise distance of class {', '.join(few)}.")
-    copies = "COPIES: far more than of the test images" if closer > COPIES else "no sign of copying"
-    lines.append(f"{closer:.2%} of the images are nearer to a training image than the nearest 1% of test images: "
-                 f"{copies}.")
+    lines.append(f"Copying: {closer:.2%} of samples lie suspiciously near a training image (1% of test images do)."
+                 + " That is far too many." * (closer > COPIES))
     if classifier is not None:
         lines.append(f"Classifier {classifier.digest}.")
     return "\n".join(lines)
@@ -186,20 +178,21 @@ def save_neighbours(path: Path, images: Tensor, labels: Tensor, neighbours: tupl
                           source)
 
 
-def pictured(measurement: Measurement, reference: Reference, distances: Tensor,
+def pictured(measurement: Measurement, reference: Reference, nearest_distances: Tensor,
              test_distances: Tensor) -> dict[str, Any]:
-    """What evaluation.png shows. Distances [N]: of sampled and of test images, to their nearest training images."""
+    """What evaluation.png shows. The distances [N] are those to the nearest training images."""
     ratios = []
     for images, baseline in ((measurement, reference.baseline), reference.test_set):
         classes = {str(k): (value / baseline.class_distances[k], None) for k, value in images.class_distances.items()}
-        ratios.append({"all": baseline.ratio("frechet", images.estimates["frechet"]),
-                       "texture": baseline.ratio("texture", images.estimates["texture"]), **classes})
+        distances = {metric.heading: baseline.ratio(metric.key, images.estimates[metric.key])
+                     for metric in METRICS if metric.distance and metric.key in images.estimates}
+        ratios.append({**distances, **classes})
     expected = torch.bincount(reference.baseline.labels, minlength=CLASSES).tolist()
     counts = measurement.class_counts
     shown = [k for k in range(CLASSES) if expected[k] or counts[k]]
     overlap = {name: {key: estimate.value for key, estimate in images.estimates.items()}
-               for name, images in (("sampled", measurement), ("real vs real", reference.baseline))}
+               for name, images in (("sampled", measurement), (plots.BASELINE, reference.baseline))}
     return {"classes": shown,
             "histogram": {"model": [counts[k] for k in shown], "asked": [expected[k] for k in shown]},
             "ratios": ratios[0], "test_ratios": ratios[1], "overlap": overlap,
-            "neighbours": {"model": distances.numpy(), "test": test_distances.numpy()}}
+            "neighbours": {"model": nearest_distances.numpy(), "test": test_distances.numpy()}}

@@ -20,16 +20,17 @@ from config import Config, UserError
 from dataset import LabelledImages, describe
 from evaluation.compare import (
     Side,
+    make_common_reference,
     make_side,
     measure_side,
+    measuring_request,
     report,
     results_folder,
     sample_side,
     settings_differences,
-    side_request,
 )
 from evaluation.differences import Difference
-from evaluation.reference import DECIDING, Reference, make_reference
+from evaluation.reference import DECIDING, Reference
 from evaluation.tables import aligned
 from support import checkpoint, code, loading, plots, selection, settings
 from support.files import make_folder, write_atomically, write_results
@@ -39,50 +40,52 @@ from training.loop import run_training
 from training.optimizer import progress
 from training.state import Diverged, new_state
 
-BUSY = 0.9  # of the rate of the fastest training of a side; below, the machine was busy with something else
+BASELINE = "baseline"  # the recipe of the flags outside --change
+BUSY = 0.9  # of the images a second of the fastest training of a side; below, something else took the machine's time
 
 
 class Training(NamedTuple):
-    """One training of one recipe, of which there may be a part already."""
+    """One training of an experiment."""
 
-    recipe: int  # 0: the baseline; k: the k-th change
+    recipe: str  # "baseline", or the flags of a change
     config: Config  # with its seed and its name
-    done: float  # the part that is done before the experiment starts, 0 to 1
+    done: float  # the part that is done as the experiment starts, 0 to 1
 
 
 def main(config: Config, runtime: Runtime) -> int:
     """Trains what is missing and compares each change with the baseline; returns 128 + n after stop signal n."""
     if not config.change:
         raise UserError('--mode experiment: say what to change, such as --change "--schedule linear"')
+    code.note_edits(runtime.say)
     config = selection.settle(config, runtime)
+    config = replace(config, precision=runtime.on_rank0(lambda: runtime.training_precision(config.precision)),
+                     train=replace(config.train, preview=0))
+    recipes = {BASELINE: config, **{flags: changed(flags, config) for flags in config.change}}
     data = loading.load_both(config, runtime)
-    recipes = [config, *(changed(flags, config) for flags in config.change)]
-    for recipe in recipes:  # what would fail after hours of training fails now
-        side_request(current_model(new_state(recipe, runtime, *data)), recipe)
-    plan = make_plan(recipes, runtime, *data)
-    finished = sum(training.done >= 1 for training in plan)
-    runtime.say(f"{len(recipes)} recipes, {config.trainings} trainings of each: {len(plan)} trainings, of which "
-                f"{finished} are finished already{time_left(plan, [])}.")
-    paths: list[list[Path]] = [[] for _ in recipes]
-    seconds: list[float] = []  # that each training took
-    for number, training in enumerate(plan):
-        name, path = "abcdefghijklmnopqrstuvwxyz"[training.recipe % 26], selection.run_path(str(training.config.name))
-        if training.done < 1:
-            left = time_left(plan[number:], seconds)
-            runtime.say(f"Training {number + 1} of {len(plan)}: {name}, seed {training.config.seed}{left}.")
-            state = new_state(training.config, runtime, *data)
-            try:
-                if signal_number := run_training(state):
-                    runtime.say("Stopped. Run the same command again to resume the experiment.")
-                    return 128 + signal_number
-            except Diverged as error:
-                runtime.say(f"  This training failed: {error}.")
-                continue
+    for name, recipe in recipes.items():  # what would fail after hours of training fails now
+        measuring_request(name, current_model(new_state(recipe, runtime, *data)), recipe)
+    plan = make_plan(recipes, runtime, data[0])
+    missing = [training for training in plan if training.done < 1]
+    runtime.say(f"{len(recipes)} recipes, {config.trainings} trainings of each; {len(plan) - len(missing)} of "
+                f"{len(plan)} are finished already{minutes_left(missing, [])}.")
+    failed, seconds = set[str](), list[float]()  # names of trainings, seconds of trainings
+    for number, training in enumerate(missing):
+        runtime.say(f"Training {number + 1} of {len(missing)}: {training.recipe}, seed {training.config.seed}"
+                    f"{minutes_left(missing[number:], seconds)}.")
+        state = new_state(training.config, runtime, *data)
+        try:
+            if signal_number := run_training(state, training.config.precision, quiet=True):
+                runtime.say("Stopped. Run the same command again to resume the experiment.")
+                return 128 + signal_number
             seconds.append(state.history["seconds"])
-            runtime.say(f"  {state.step * training.config.train.batch_size:,} images in {seconds[-1] / 60:.1f} "
-                        f"minutes, test loss {state.history['columns']['test_loss'][-1]:.4f}")
-        paths[training.recipe].append(path)
-    compare(recipes, paths, runtime, *data)
+            runtime.say(f"  {current_model(state).images_seen:,} images in {seconds[-1] / 60:.1f} minutes, test loss "
+                        f"{state.history['columns']['test_loss'][-1]:.4f}")
+        except Diverged as error:
+            failed.add(str(training.config.name))
+            runtime.say(f"  It failed: {error}.")
+    sides = load_sides([training for training in plan if training.config.name not in failed], recipes, runtime)
+    if len(sides) > 1:
+        compare(sides, config, runtime, *data)
     return 0
 
 
@@ -93,31 +96,24 @@ def changed(flags: str, config: Config) -> Config:
         recipe = settings.parse([*words, "--mode", "experiment"], config)
     except (UserError, ValueError) as error:  # ValueError: a quote that does not end
         raise UserError(f"--change '{flags}': {error}") from None
-    if refused := [name for name in settings.given(words) if settings.KNOBS[name] not in ("model", "diffusion", "train")]:
+    groups = {name: settings.KNOBS[name] for name in settings.given(words)}
+    if refused := [name for name, group in groups.items() if group not in ("model", "diffusion", "train")]:
         raise UserError(f"--change '{flags}': {', '.join(refused)} is no part of a recipe; a change takes flags of the "
                         "model, the diffusion and the training")
     if settings.stored(recipe) == settings.stored(config):
-        raise UserError(f"--change '{flags}': the recipe has these values without it; change something")
+        raise UserError(f"--change '{flags}': the baseline has these values already; change something")
     return recipe
 
 
-def make_plan(recipes: Sequence[Config], runtime: Runtime, train: LabelledImages,
-              test: LabelledImages) -> list[Training]:
-    """All trainings: with each seed all recipes, in turns forwards and backwards, so that a busy hour hits all alike."""
+def make_plan(recipes: dict[str, Config], runtime: Runtime, train: LabelledImages) -> list[Training]:
+    """All trainings, each seed of all recipes in turn, forwards and backwards, so that a busy hour hits all alike."""
     digest, plan = describe(train, "")["digest"], []
-    for turn in range(recipes[0].trainings):
-        order = range(len(recipes)) if turn % 2 == 0 else reversed(range(len(recipes)))
-        for number in order:
-            config = replace(recipes[number], seed=recipes[number].seed + turn,
-                             precision=new_precision(recipes[number], runtime),
-                             train=replace(recipes[number].train, preview=0))
+    for turn in range(recipes[BASELINE].trainings):
+        for recipe in list(recipes) if turn % 2 == 0 else reversed(recipes):
+            config = replace(recipes[recipe], seed=recipes[recipe].seed + turn)
             config = replace(config, name=run_name(config, digest))
-            plan.append(Training(number, config, runtime.on_rank0(lambda config=config: part_done(config, len(train)))))
+            plan.append(Training(recipe, config, runtime.on_rank0(lambda config=config: part_done(config, len(train)))))
     return plan
-
-
-def new_precision(config: Config, runtime: Runtime) -> str:
-    return runtime.on_rank0(lambda: runtime.training_precision(config.precision))
 
 
 def run_name(config: Config, data: str) -> str:
@@ -125,10 +121,9 @@ def run_name(config: Config, data: str) -> str:
     recipe = {name: value for name, value in settings.stored(config).items() if name != "seed"}
     identity = json.dumps([recipe, code.IMPORTED, data], sort_keys=True)
     default = replace(Config(), dataset=config.dataset, seed=config.seed, precision=config.precision)
-    changes = [f"{name}-{value}" for name, _, value in
-               settings.differences(settings.stored(default), settings.stored(config))]
-    words = re.sub(r"[^\w.]+", "-", "-".join(changes))[:40].strip("-.") or "default"
-    return f"experiment/{words}-{hashlib.sha256(identity.encode()).hexdigest()[:8]}-s{config.seed}"
+    changes = settings.differences(settings.stored(default), settings.stored(config))
+    words = re.sub(r"[^\w.]+", "-", "-".join(f"{name}-{value}" for name, _, value in changes))[:40].strip("-.")
+    return f"experiment/{words or 'default'}-{hashlib.sha256(identity.encode()).hexdigest()[:8]}-s{config.seed}"
 
 
 def part_done(config: Config, images: int) -> float:
@@ -140,47 +135,47 @@ def part_done(config: Config, images: int) -> float:
     return progress(config.train, images, state["step"], state["history"]["seconds"])
 
 
-def time_left(plan: Sequence[Training], seconds: Sequence[float]) -> str:
-    """A part of a sentence: how long these trainings take, if that is known; seconds: of trainings so far."""
-    lengths = [60 * training.config.train.minutes if training.config.train.minutes is not None else
-               fmean(seconds) if seconds else None for training in plan]
-    if not (left := sum(training.done < 1 for training in plan)):
+def minutes_left(missing: Sequence[Training], seconds: Sequence[float]) -> str:
+    """The end of a sentence: the minutes that these trainings take, if known; seconds: those of trainings so far."""
+    minutes = [training.config.train.minutes or (fmean(seconds) / 60 if seconds else None) for training in missing]
+    if not missing:
         return ""
-    if None in lengths:
-        return f"; how long {'one takes' if left > 1 else 'it takes'} is known after the first"
-    minutes = sum((length or 0) * (1 - training.done) for length, training in zip(lengths, plan)) / 60
-    return f"; about {minutes:.0f} minutes of training are left, then images are sampled and measured"
+    if None in minutes:
+        return "; the first training shows how long one takes"
+    left = sum((length or 0) * (1 - training.done) for length, training in zip(minutes, missing))
+    return f"; about {left:.0f} minutes of training are left"
 
 
-def compare(recipes: Sequence[Config], paths: Sequence[Sequence[Path]], runtime: Runtime, train: LabelledImages,
+def load_sides(trainings: Sequence[Training], recipes: dict[str, Config], runtime: Runtime) -> list[Side]:
+    """The baseline and the changes with two trainings or more that came to an end, which others are said not to have."""
+    sides, most = [], recipes[BASELINE].trainings
+    for name in recipes:
+        paths = [selection.run_path(str(training.config.name)) for training in trainings if training.recipe == name]
+        if len(paths) < most:
+            runtime.say(f"{name}: {most - len(paths)} of {most} trainings failed"
+                        f"{', so it is not compared' * (len(paths) < 2)}.")
+        if len(paths) > 1:
+            sides.append(make_side(name, paths, recipes[BASELINE], runtime))
+    return sides if sides and sides[0].name == BASELINE else []
+
+
+def compare(sides: Sequence[Side], config: Config, runtime: Runtime, train: LabelledImages,
             test: LabelledImages) -> None:
-    """Compares the trainings of each change with those of the baseline; too few of a side are a result as well."""
-    names = ["baseline", *recipes[0].change]
-    for name, side_paths in zip(names, paths):
-        if len(side_paths) < recipes[0].trainings:
-            runtime.say(f"{name}: {recipes[0].trainings - len(side_paths)} of {recipes[0].trainings} trainings failed.")
-    if len(paths[0]) < 2:
-        raise UserError("the baseline: fewer than two of its trainings came to an end, so nothing can be compared; "
-                        "use a lower --lr, or --precision fp32")
-    sides = [make_side(name, side_paths, recipes[0], runtime) for name, side_paths in zip(names, paths)
-             if len(side_paths) > 1]
-    for name, side_paths in zip(names, paths):
-        if len(side_paths) < 2:
-            runtime.say(f"{name}: fewer than two trainings came to an end, so it is not compared.")
+    """Compares each side with the first, the baseline, as mode compare does."""
     references: list[Reference] = []  # the first process has one
-    runtime.on_rank0(lambda: references.append(make_reference(recipes[0], train, test, sides[0].requests[0].labels)))
-    images = [sample_side(side) for side in sides]
+    runtime.on_rank0(lambda: references.append(make_common_reference(sides, config, train, test)))
+    images = [sample_side(side, side.name) for side in sides]
 
     def measure() -> list[Path]:
         measured = [measure_side(side, side_images, references[0]) for side, side_images in zip(sides, images)]
-        written, deciding = [], list[Difference]()
+        paths, deciding = [], list[Difference]()
         for side, side_images, estimates in zip(sides[1:], images[1:], measured[1:]):
             print("\n".join(["", *settings_differences(sides[0], side), *fairness(sides[0], side)]))
-            differences, files = report([sides[0], side], [measured[0], estimates], references[0].baseline,
-                                        [images[0][0], side_images[0]])
+            differences, written = report([sides[0], side], [measured[0], estimates], references[0].baseline,
+                                          [images[0][0], side_images[0]])
             deciding += [difference for difference in differences if difference.metric.key == DECIDING]
-            written += files
-        return written + (summarize(sides, deciding) if len(sides) > 2 else [])
+            paths += written
+        return paths + (summarize(sides, deciding) if len(deciding) > 1 else [])
 
     for path in runtime.on_rank0(measure):
         runtime.say(f"  {path}")
@@ -188,30 +183,27 @@ def compare(recipes: Sequence[Config], paths: Sequence[Sequence[Path]], runtime:
 
 def fairness(a: Side, b: Side) -> list[str]:
     """Whether equal minutes were equal work: the images that each side saw, and trainings that a busy machine slowed."""
-    images = [[model.step * model.settings["train"]["batch_size"] for model in side.models] for side in (a, b)]
-    rates = [[seen / model.history["seconds"] for seen, model in zip(counts, side.models)]
-             for counts, side in zip(images, (a, b))]
     if any(model.settings["train"]["minutes"] is None for side in (a, b) for model in side.models):
         return []
-    seen_a, seen_b = map(fmean, images)
-    lines = [f"In these minutes a saw {seen_a:,.0f} images and b {seen_b:,.0f}, {seen_b / seen_a:.2f} times as many."]
-    for letter, side_rates in zip("ab", rates):
-        if min(side_rates) < BUSY * max(side_rates):
-            lines.append(f"WARNING: one training of {letter} saw {1 - min(side_rates) / max(side_rates):.0%} fewer "
-                         "images a second than another, so the machine was busy: --epochs gives all as many images.")
+    seen_a, seen_b = (fmean(model.images_seen for model in side.models) for side in (a, b))
+    lines = [f"In equal time a saw {seen_a:,.0f} images, and b {seen_b:,.0f}: {seen_b / seen_a:.2f} times as many."]
+    for letter, side in zip("ab", (a, b)):
+        rates = [model.images_seen / model.history["seconds"] for model in side.models]
+        if min(rates) < BUSY * max(rates):
+            lines.append(f"WARNING: a training of {letter} saw {1 - min(rates) / max(rates):.0%} fewer images a second "
+                         "than another one, so the machine was busy. With --epochs all see as many images.")
     return lines
 
 
 def summarize(sides: Sequence[Side], deciding: Sequence[Difference]) -> list[Path]:
     """Prints and writes the deciding metric of all changes: experiment.json and experiment.png."""
-    lines = [["Class-wise distance", "change", "95% interval"]]
-    rows = []
-    for side, difference in zip(sides[1:], deciding):
-        low, high = map(difference.show, (difference.low, difference.high))
-        lines.append([side.name, difference.show(difference.change),
-                      f"{low} to {high}{'*' if difference.significant else ' '}"])
-        rows.append((side.name, difference.change, difference.low, difference.high))
-    print(f"\n{aligned(lines)}\n* the interval excludes 0")
+    rows = [(side.name, difference.change, difference.low, difference.high)
+            for side, difference in zip(sides[1:], deciding)]
+    lines = [["class-wise distance", "change", "95% interval"]]
+    for (name, *numbers), difference in zip(rows, deciding):
+        change, low, high = map(difference.show, numbers)
+        lines.append([name, change, f"{low} to {high} {'*' if difference.significant else ' '}"])
+    print(f"\n{aligned(lines)}\n*: the interval excludes 0.")
     content = {name: {"change": change, "interval": [low, high]} for name, change, low, high in rows}
     folder = make_folder(results_folder(sides, len(sides[0].requests[0].labels)))
     return write_results(folder, {

@@ -30,7 +30,7 @@ SETS = 5  # of real images in the baseline, at most
 
 
 class Metric(NamedTuple):
-    """One column of every table."""
+    """One row of every table."""
 
     key: str
     heading: str
@@ -39,11 +39,11 @@ class Metric(NamedTuple):
 
 
 METRICS = (
-    Metric("class_frechet", "class-wise", "{:.4f}", True), Metric("frechet", "Fréchet", "{:.4f}", True),
+    Metric("class_frechet", "class-wise Fréchet", "{:.4f}", True), Metric("frechet", "Fréchet", "{:.4f}", True),
     Metric("texture", "texture", "{:.4f}", True), Metric("mean_intensity", "intensity", "{:.3f}"),
     Metric("precision", "precision", "{:.3f}"), Metric("recall", "recall", "{:.3f}"),
     Metric("coverage", "coverage", "{:.3f}"), Metric("confident", "confident", "{:.2%}"),
-    Metric("label_accuracy", "label acc.", "{:.2%}"), Metric("zeros", "zeros", "{:.2%}"))
+    Metric("label_accuracy", "label accuracy", "{:.2%}"), Metric("zeros", "zeros", "{:.2%}"))
 DECIDING = "class_frechet"  # the one metric that decides a comparison
 SHARES = ("confident", "label_accuracy", "zeros", "grey")  # means over images; each is the metric of its name
 OVERLAP = ("precision", "recall", "coverage")

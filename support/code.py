@@ -1,6 +1,7 @@
 """Which code decides a training step: the files that say so, each with a digest of its text when it was imported."""
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 
 from config import ROOT
@@ -22,10 +23,12 @@ def digest(name: str) -> str:
     return hashlib.sha256((ROOT / name).read_text("utf-8").encode()).hexdigest()[:16]
 
 
-def edited() -> list[str]:
-    """Files that are no longer what was imported, as in a notebook that goes on after an edit; config.py among them."""
+def note_edits(say: Callable[[str], None]) -> None:
+    """Says which files are no longer what was imported, as in a notebook that goes on after an edit."""
     imported = {**IMPORTED, "config.py": CONFIG}
-    return [name for name, text in imported.items() if not (ROOT / name).is_file() or digest(name) != text]
+    if edited := [name for name, text in imported.items() if not (ROOT / name).is_file() or digest(name) != text]:
+        say(f"note: {', '.join(edited)} changed since Python imported it, and training goes by what was imported. To "
+            "use the change, restart the notebook's kernel or the program.")
 
 
 CONFIG = digest("config.py")

@@ -27,10 +27,13 @@ STYLE: Any = {  # min_exponent: plain numbers on log axes, such as 0.01
     "axes.titlelocation": "left", "axes.titlesize": 13, "axes.spines.top": False, "axes.spines.right": False,
     "axes.grid": True, "axes.grid.axis": "y", "grid.color": "#e6e6e6", "axes.formatter.min_exponent": 6,
 }
+BASELINE = "baseline (real images)"
 LANDMARK: Any = {"color": "black", "linewidth": 1, "linestyle": (0, (4, 3))}  # a line at the value to compare with
 FLAT_LOSS = ("A curve that soon looks flat is normal: most of the loss is noise that no network can predict.\n"
              "Pictures go on improving while it falls by a few per cent, so judge a run by them and by mode evaluate.")
-FEW_SEEN = 20_000  # images, a minute on two CPU cores: a network that has seen fewer can't be expected to sample well
+FEW_SEEN = 20_000  # images, a minute on two CPU cores: who has seen fewer can't be expected to sample well
+COLOURS = ("Lines are 95% intervals of the change. Blue: the interval excludes 0. "
+           "Grey: it includes 0, so the change may be due to chance.")
 STROKE_LEVEL = 100  # a pixel at least this bright is part of a stroke
 GAP = 5  # columns from one digit's stroke to the next one's, where they come closest: 4 stay empty
 OVERLAP = 4  # pixels by which one digit may reach over its neighbour, as a 7 over a 4
@@ -155,7 +158,7 @@ def save_evaluation(path: Path, report: Mapping[str, Any], metadata: Mapping[str
             if name not in report["test_ratios"]:
                 axes.text(0.99, place, "too few test images", color=GREY, fontsize="small", ha="right", va="center",
                           transform=axes.get_yaxis_transform())
-        axes.axvline(1, label="real images (baseline)", **LANDMARK)
+        axes.axvline(1, label=BASELINE, **LANDMARK)
         axes.set(title="Distance to the training images", xlabel="times the baseline", xscale="log",
                  yticks=range(len(names)), yticklabels=names,
                  ylim=(len(names) - 0.4, -0.42 * len(names)))  # downwards, with room for the legend
@@ -179,26 +182,36 @@ def save_evaluation(path: Path, report: Mapping[str, Any], metadata: Mapping[str
 
 def save_comparison(path: Path, pairs: tuple[ArrayLike, ArrayLike], names: tuple[str, str],
                     rows: Sequence[tuple[str, bool, float, float, float]], metadata: Mapping[str, str]) -> None:
-    """PNG for "did a change help?": images of two models from the same seeds, and how far each metric moved.
+    """PNG for "did a change help?": images of two sides from the same seeds, and how far each metric moved.
 
-    pairs: both models' images [n, 1, 28, 28]; rows: (label, whether it is a distance, change, low, high) with the 95%
+    pairs: both sides' images [n, 1, 28, 28]; rows: (label, whether it is a distance, change, low, high) with the 95%
     interval low..high of the change, which is relative for distances and absolute for shares.
     """
-    heads = np.vstack([_text(textwrap.fill(name, 18), 200, 84, right=True) for name in names])
-    page = _page([[heads, *np.hstack([_tiles(images, 3) for images in pairs])]], 8)
+    heads = [_text(textwrap.fill(f"{letter}: {name}", 18), 200, 84, right=True) for letter, name in zip("ab", names)]
+    title = _text("Where a and b differ most: images from the same seeds", 600, 36)
+    page = _page([[title], *([head, *_tiles(images, 3)] for head, images in zip(heads, pairs))], 8)
     parts = [[row for row in rows if row[1] == distance] for distance in (True, False)]
-    height = len(page) + 130 + 55 * max(map(len, parts))
+    height = len(page) + 210 + 55 * max(map(len, parts))
     with open_figure(path, max(1200, page.shape[1]), height, metadata) as figure:
         figure.figimage(np.dstack([page] * 3), 0, height - len(page))  # RGB, so that each grey level stays
         figure.get_layout_engine().set(rect=(0, 0, 1, 1 - len(page) / height))
-        for axes, part, unit in zip(figure.subplots(1, 2), parts, ("distances: change (%)", "shares: change (points)")):
-            for name, _, change, low, high in part:  # beyond 100 an interval leaves the picture, a change is an arrow
-                marker = ">" if change > 1 else "<" if change < -1 else "o"
-                axes.plot(100 * np.clip([low, change, high], (-1.06, -1, -1.06), (1.06, 1, 1.06)), [name] * 3,
-                          f"{marker}-", markevery=[1], color=BLUE if low > 0 or high < 0 else GREY, linewidth=3)
-            axes.axvline(0, **LANDMARK)
-            limit = min(105, max([1, *(110 * abs(end) for row in part for end in row[2:])]))
-            axes.set(xlim=(-limit, limit), ylim=(len(part) - 0.4, -0.6), xlabel=f"{unit} from upper to lower")
+        figure.supxlabel(COLOURS, x=0.01, ha="left", fontsize="medium")
+        for axes, part, heading, unit in zip(figure.subplots(1, 2), parts, (
+                "Distances to the real images (class-wise decides)", "All else (best where the baseline is)"), (
+                "change from a to b (%); left of 0, b is closer", "change from a to b (percentage points)")):
+            _draw_intervals(axes, [(name, *interval) for name, _, *interval in part])
+            axes.set(title=heading, xlabel=unit)
+
+
+def save_intervals(path: Path, rows: Sequence[tuple[str, float, float, float]], metadata: Mapping[str, str]) -> None:
+    """PNG of how several changes move the class-wise distance: rows (name, change, low, high), relative to the baseline.
+    """
+    with open_figure(path, 1200, 260 + 55 * len(rows), metadata) as figure:
+        axes = figure.subplots()
+        _draw_intervals(axes, [(textwrap.fill(name, 30), *interval) for name, *interval in rows])
+        axes.set(title="Which change brings the samples closer to real images?",
+                 xlabel="change of the class-wise distance (%); left of 0 is closer")
+        figure.supxlabel(COLOURS, x=0.01, ha="left", fontsize="medium")
 
 
 def looks_broken(images: ArrayLike, mean: float = 0.1307, std: float = 0.3081) -> str | None:
@@ -248,6 +261,17 @@ def _page(rows: Sequence[Sequence[np.ndarray] | np.ndarray], gap: int, paper: in
     width = max(line.shape[1] for line in lines)
     page = np.vstack([np.pad(line, ((0, 0), (0, width - line.shape[1])), constant_values=paper) for line in lines])
     return np.pad(page, ((0, gap), (0, gap)), constant_values=paper)
+
+
+def _draw_intervals(axes: Any, rows: Sequence[tuple[str, float, float, float]]) -> None:
+    """A line for each row (name, change, low, high), from low to high, in per cent."""
+    for name, change, low, high in rows:  # beyond 100 an interval leaves the picture, and a change is an arrow
+        marker = ">" if change > 1 else "<" if change < -1 else "o"
+        axes.plot(100 * np.clip([low, change, high], (-1.06, -1, -1.06), (1.06, 1, 1.06)), [name] * 3, f"{marker}-",
+                  markevery=[1], color=BLUE if low > 0 or high < 0 else GREY, linewidth=3)
+    axes.axvline(0, **LANDMARK)
+    limit = min(105, max([1, *(110 * abs(end) for row in rows for end in row[1:])]))
+    axes.set(xlim=(-limit, limit), ylim=(len(rows) - 0.4, -0.6))
 
 
 def _draw_bars(axes: Any, rows: Mapping[str, ArrayLike], names: Sequence[Any], numbers: str = "") -> None:

@@ -40,7 +40,7 @@ SAMPLER_OF = {name: mark.sampler for name, kind in get_type_hints(SampleConfig, 
 # How images are sampled; the other fields of SampleConfig say which images.
 SAMPLING = tuple(name for name in SampleConfig.__dataclass_fields__
                  if name not in ("num_images", "digits", "write", "checkpoint"))
-RESERVED = ("pretrained", "shipped", "compare", "classifiers", "experiment")  # folders of the project, not names for runs
+RESERVED = ("pretrained", "shipped", "compare", "classifiers", "experiment")  # folders of the project, no names of runs
 TRAINING = ("train", "experiment")  # the modes that train
 # A flag that has no effect beside the second one, and in which modes.
 EXCLUSIVE = (("name", "checkpoint", ("sample", "evaluate")), ("dataset", "checkpoint", ("sample",)),
@@ -127,8 +127,8 @@ def _changes(argv: list[str]) -> list[str]:
         if before == "--change" or before.startswith("--change=") and word.startswith("--") and " " in word:
             word = f"--change={word}"
         elif before.startswith("--change=") and _knob(word).removeprefix("no_") in SWITCHES:
-            raise UserError(f"{word}: write --change before it if it is a change, or put it before --change if it is for "
-                            "all trainings")
+            raise UserError(f"{word}: write --change before it if it is a change; if it is for all trainings, put it "
+                            "before --change")
         words += [word] if word != "--change" else []
         before = word
     return words + ["--change"] * (before == "--change")  # without a value, which tyro says

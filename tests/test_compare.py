@@ -198,7 +198,8 @@ def test_changes_of_distances_are_relative_and_of_shares_absolute() -> None:
     found = {each.metric.key: each for each in compare_networks(a, b, BASELINE)}
     changes = {key: each.change for key, each in found.items()}
     assert changes == pytest.approx({"class_frechet": 0.5, "confident": 0.05, "precision": -0.02})
-    assert found["class_frechet"].show(0.5) == "+50.0%" and found["confident"].show(0.05) == "+5.00 pt"
+    assert found["class_frechet"].show(0.5) == "+50%" and found["confident"].show(0.05) == "+5.00"
+    assert found["class_frechet"].show(-0.0934) == "-9.3%" and found["class_frechet"].show(12.5) == "+1,250%"
     half = student_quantile(4) * math.sqrt(2) * 0.01  # of precision there are no replicates, only the baseline's spread
     assert (found["precision"].high - found["precision"].low) / 2 == pytest.approx(half)
 
@@ -219,6 +220,21 @@ def test_several_trainings_a_side_are_compared_by_the_spread_between_them() -> N
 # What it says
 
 
+def test_the_table_marks_what_differs_and_fits_a_terminal() -> None:
+    """Distances are multiples of the baseline at the same number of images, and plain numbers at another."""
+    keys = [metric.key for metric in METRICS]
+    a = row(**{key: 12.3 if "frechet" in key else 0.5 for key in keys})
+    b = row(**{key: 3.4 if "frechet" in key else 0.5 for key in keys})
+    differences = compare_networks(a, b, BASELINE)
+    heading, deciding, *others = compare.table(differences, BASELINE, 2000).splitlines()
+    assert max(map(len, (heading, deciding, *others))) <= 80 and len(others) == 9
+    assert re.split("  +", deciding) == ["class-wise Fréchet", "13.7±0.1x", "3.78±0.02x", "-72%", "-72% to -72%*", "1x"]
+    assert not any("*" in line for line in others[1:]) and "percentage points" not in heading
+    heading, deciding, *_ = compare.table(differences, BASELINE, 60_000).splitlines()
+    assert heading.endswith("baseline (2,000)") and max(map(len, (heading, deciding))) <= 80
+    assert re.split("  +", deciding)[1:3] == ["12.3000", "3.4000"] and deciding.endswith("  0.9000")
+
+
 def says(two: list[str], a: str, b: str, values: tuple[list[float], list[float]]) -> str:
     config = settings.parse(two)
     sides = [load_side(text, config, CPU) for text in (a, b)]
@@ -228,7 +244,7 @@ def says(two: list[str], a: str, b: str, values: tuple[list[float], list[float]]
 
 def test_the_conclusion_says_the_significance_the_rule_and_what_it_is_about(two: list[str]) -> None:
     said = says(two, "one", "two", ([0.3], [0.2]))
-    assert "-33.3%" in said and "b is significantly closer to the training images" in said
+    assert "-33%" in said and "b is significantly closer to the training images" in said
     assert "Lower distances are closer; all else is best where the baseline is." in said
     assert "A true difference of" in said
     assert "The other metrics' intervals are each wrong one time in twenty." in said and "Train three a side" in said
@@ -268,4 +284,4 @@ def test_the_picture_shows_the_pairs_that_differ_most(two: list[str], monkeypatc
     written = compare.report(sides, measured, BASELINE, [*images])
     assert [path.name for path in written] == ["compare.json", "compare.png"]
     assert np.asarray(seen["pairs"][1])[:, 0, 0, 0].tolist() == [*range(29, 17, -1)]
-    assert seen["names"] == ("one", "two") and seen["intervals"][0][:2] == ("class-wise", True)
+    assert seen["names"] == ("one", "two") and seen["intervals"][0][:2] == ("class-wise Fréchet", True)

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import re
 import sys
 from functools import partial
 from pathlib import Path
@@ -49,10 +50,17 @@ def test_the_table_has_its_baselines_and_a_report_is_replaced_by_its_like_alone(
                                                                                 capsys: Capture) -> None:
     assert main(untrained) == 0
     output = capsys.readouterr().out
-    for word in ("model", "times the baseline", "baseline: real vs real", "spread of 5 sets", "test set (200)",
-                 "times its baseline", "nearer to a training image", "Classifier", "Errors need at least 2,000 images",
-                 "A class-wise distance needs 100 samples"):
+    for word in ("sampled", "baseline", "the spread of its 5 sets", "test set (200)", "Copying: ",
+                 "of samples lie suspiciously near a training image (1% of test images do).", "Classifier",
+                 "Errors need at least 2,000 images",
+                 "No class-wise distance: too few images of a class (400 of each are enough)."):
         assert word in output
+    heading, *rows = output[output.index("N = 200"):].split("Distances are")[0].splitlines()
+    assert max(map(len, (heading, *rows))) <= 80
+    assert [re.split("  +", line)[0] for line in rows] == [
+        "Fréchet", "texture", "intensity", "precision", "recall", "coverage", "confident", "label accuracy", "zeros"]
+    multiples = re.split("  +", rows[0])[1:]
+    assert all(re.fullmatch(r"[\d.]+(±[\d.]+)?x", cell) for cell in multiples) and multiples[1].startswith("1.00±")
     assert "trained on other images" not in output and "digits" not in output.lower().replace("generated digits", "")
     found = json.loads((results() / "metrics.json").read_text())
     assert found["images"] == 200 and found["classifier"] == load_classifier().digest
@@ -218,7 +226,7 @@ def test_images_of_one_class_are_measured_without_a_classifier(untrained: list[s
     data = ["--dataset", "idx", "--data-dir", "data"]
     assert main([*untrained, *data, "--digits", "7"]) == 0
     output = capsys.readouterr().out
-    assert "all of one class" in output and "nearer to a training image" in output and "Classifier" not in output
+    assert "all of one class" in output and "near a training image" in output and "Classifier" not in output
     assert "note: this checkpoint was trained on other images (generated)" in output
     found = json.loads((results() / "metrics.json").read_text())
     assert found["metrics"].keys() == {"texture", "zeros", "mean_intensity"} and found["classifier"] is None
@@ -278,12 +286,13 @@ def four_classes() -> Reference:
 
 def test_copying_is_said(four_classes: Reference) -> None:
     base = four_classes.baseline
-    for images, said in ((four_classes.train.images[base.sets[0]], "COPIES"),
-                         (four_classes.test_subset.images.repeat(2, 1, 1, 1)[:400], "no sign of copying")):
+    for images, copied in ((four_classes.train.images[base.sets[0]], True),
+                           (four_classes.test_subset.images.repeat(2, 1, 1, 1)[:400], False)):
         measured = four_classes.measure(images, base.labels)
         closer = share_closer(*(nearest(each, four_classes.train.images)[0]
                                 for each in (images, four_classes.test_subset.images)))
-        assert said in evaluate.explain(measured, four_classes, closer, "mnist")
+        said = evaluate.explain(measured, four_classes, closer, "mnist")
+        assert f"Copying: {closer:.2%} of samples" in said and ("That is far too many." in said) == copied
 
 
 def test_classes_are_shown_in_order_and_only_those_that_are_there(four_classes: Reference, tmp_path: Path,
@@ -297,8 +306,8 @@ def test_classes_are_shown_in_order_and_only_those_that_are_there(four_classes: 
         measured, four_classes, 0.0, "mnist")
     assert "class 3 (Dress)." in evaluate.explain(measured, four_classes, 0.0, "fashion-mnist")
     shown = evaluate.pictured(measured, four_classes, torch.rand(400), torch.rand(360))
-    assert [*shown["ratios"]] == ["all", "texture", "0", "1", "3", "4"]
-    assert [*shown["test_ratios"]] == ["all", "texture", "0", "1", "4"]
+    assert [*shown["ratios"]] == ["class-wise Fréchet", "Fréchet", "texture", "0", "1", "3", "4"]
+    assert [*shown["test_ratios"]] == ["class-wise Fréchet", "Fréchet", "texture", "0", "1", "4"]
     assert shown["classes"] == sorted(shown["classes"]) and {0, 1, 3, 4} <= {*shown["classes"]} < {*range(10)}
     assert shown["histogram"]["asked"] == [100 if k in (0, 1, 3, 4) else 0 for k in shown["classes"]]
     plots.save_evaluation(tmp_path / "evaluation.png", shown, {})
@@ -310,7 +319,7 @@ def test_classes_are_shown_in_order_and_only_those_that_are_there(four_classes: 
 
 def test_a_distance_that_is_missing_has_its_reason(four_classes: Reference) -> None:
     few = FEW["train"].images[:200], FEW["train"].labels[:200]
-    assert "A class-wise distance needs 100 samples with the label of a class" in evaluate.explain(
+    assert "No class-wise distance: too few images of a class" in evaluate.explain(
         four_classes.measure(*few), four_classes, 0.0, "mnist")
 
 

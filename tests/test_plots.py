@@ -206,14 +206,14 @@ COLUMNS: dict[str, Any] = {
     "step": [1, 10, 100, 1000], "images": [64, 640, 6400, 64000], "train_loss": [1.0, 0.5, 0.1, 0.06],
     "test_loss": [0.9, 0.4, 0.1, 0.05], "skipped": [0, 0, 0, 0], "test_loss_t1-500": [0.8, 0.5, 0.2, 0.1],
     "test_loss_t501-1000": [0.4, 0.1, 0.03, 0.01], "seconds": [1.0, 2.0, 5.0, 30.0]}
-NAMES = ["all", "texture", "0", "1", "9"]
+NAMES = ["class-wise Fréchet", "texture", "0", "1", "9"]
 CLASSES = [0, 1, 4, 9]
 REPORT: dict[str, Any] = {
     "ratios": {name: (3.0 + k, 0.5 * k or None) for k, name in enumerate(NAMES)},
-    "test_ratios": {**dict.fromkeys(["1", "texture", "all"], (2.0, None)), "7": (9.0, 1.0)},
+    "test_ratios": {**dict.fromkeys(["1", "texture", "class-wise Fréchet"], (2.0, None)), "7": (9.0, 1.0)},
     "classes": CLASSES, "histogram": {"model": [12] * 4, "asked": [9, 11] * 2},
     "overlap": {row: {"precision": p, "recall": p, "coverage": p}
-                for row, p in (("model", 0.9), ("real vs real", 0.95))},
+                for row, p in (("sampled", 0.9), (plots.BASELINE, 0.95))},
     "neighbours": {"model": np.linspace(2, 8, 50), "test": np.linspace(1, 9, 40)},
 }
 # Name, whether it is a distance, change, and the ends of its interval.
@@ -304,7 +304,8 @@ def test_evaluation_has_four_panels(tmp_path, figures):
 def test_evaluation_sets_distances_against_real_images(tmp_path, figures):
     plots.save_evaluation(tmp_path / "e.png", REPORT, METADATA)
     axes = figures[0].axes[0]
-    assert set(legend(axes)) == {"sampled", "real images (baseline)", "test set"}
+    assert set(legend(axes)) == {"sampled", plots.BASELINE, "test set"}
+    assert legend(figures[0].axes[2]) == ["sampled", plots.BASELINE], "one name for the baseline"
     assert axes.get_xscale() == "log" and any(list(line.get_xdata()) == [1, 1] for line in axes.lines)
     assert [label.get_text() for label in axes.get_yticklabels()] == NAMES
     low, high = axes.get_ylim()
@@ -342,14 +343,16 @@ def compare(path: Path, count: int, rows: list[Any] = ROWS) -> tuple[np.ndarray,
 
 
 @pytest.mark.parametrize("count", [1, 12])
-def test_comparison_shows_pairs_pixel_by_pixel_in_a_double_row(tmp_path, count):
+def test_comparison_shows_pairs_pixel_by_pixel_in_two_rows(tmp_path, count):
     before, after, picture = compare(tmp_path / "c.png", count)
     assert picture.shape[1] >= 216 + 92 * count
     for i in range(count):
         x = 216 + 92 * i
-        both = picture[8:176, x:x + 84]
-        np.testing.assert_array_equal(both, np.concatenate([before[i, 0], after[i, 0]]).repeat(3, 0).repeat(3, 1))
-    for top in (8, 8 + 84):
+        for top, images in ((52, before), (144, after)):
+            np.testing.assert_array_equal(picture[top:top + 84, x:x + 84], images[i, 0].repeat(3, 0).repeat(3, 1))
+        assert (picture[136:144, x:x + 84] == 255).all(), "a gap between the rows"
+    assert picture[8:44, 8:608].min() < 100, "a title"
+    for top in (52, 144):
         assert picture[top:top + 80, 8:208].min() < 100, "each row is named"
         assert (picture[top:top + 80, 208:216] == 255).all() and (picture[top:top + 80, :8] == 255).all()
 
@@ -358,7 +361,10 @@ def test_comparison_draws_the_interval_of_each_change(tmp_path, rng, figures):
     images = noise(rng, 2, 28, 28)
     plots.save_comparison(tmp_path / "c.png", (images, images), ("a", "b"), ROWS, METADATA)
     distances, shares = figures[0].axes
-    for axes, part, unit in ((distances, ROWS[:2], "change (%)"), (shares, ROWS[2:], "change (points)")):
+    assert "decides" in distances.get_title("left") and "best where the baseline is" in shares.get_title("left")
+    assert "Blue: the interval excludes 0. Grey: it includes 0" in figures[0].get_supxlabel()
+    units = "left of 0, b is closer", "(percentage points)"
+    for axes, part, unit in zip((distances, shares), (ROWS[:2], ROWS[2:]), units):
         assert [label.get_text() for label in axes.get_yticklabels()] == [row[0] for row in part]
         assert axes.yaxis_inverted() and unit in axes.get_xlabel(), "the first row is on top"
         intervals = [line for line in axes.lines if len(line.get_xdata()) == 3]

@@ -7,8 +7,8 @@ from dataclasses import replace
 from statistics import median
 
 import sample
-from config import Config, UserError
-from support import selection
+from config import Config, Precision
+from support import code, selection
 from support.files import WriteError, lock, make_folder
 from support.loading import load_both
 from support.runtime import Runtime, stop_signals
@@ -27,40 +27,47 @@ SUSPENDED_RATIO = 20.0  # and than so many times the median, was suspended
 
 def main(config: Config, runtime: Runtime) -> int:
     """Trains or resumes a run and samples at its end; returns the exit status, 128 + n after stop signal n."""
-    if config.train.batch_size < runtime.world:
-        raise UserError(f"--batch-size {config.train.batch_size}: fewer images than the {runtime.world} processes; "
-                        "raise it, or start fewer")
     config = selection.settle(config, runtime)
+    code.note_edits(runtime.say)
     state = new_state(config, runtime, *load_both(config, runtime))  # before the folders: a wrong --data-dir makes none
     sample.make_request(current_model(state), config.sample, config.seed, 1)  # as at the end: errors come now
-    folder, results = state.path.parent, state.results
+    if signal_number := run_training(state, config.precision):
+        runtime.say(f"Stopped after step {state.step:,}; saved in {state.path}. Run the same command again"
+                    f"{' without --fresh' * config.train.fresh} to resume.")
+        return 128 + signal_number
     sampling = replace(config, mode="sample", sample=replace(config.sample, checkpoint=state.path, write=None))
-    runtime.on_rank0(lambda: [make_folder(f) and None for f in (folder, results)])
-    with contextlib.ExitStack() as held:
-        runtime.on_rank0(lambda: held.enter_context(lock(folder)))
-        if config.train.fresh:
-            runtime.on_rank0(lambda: selection.keep_old(folder, results))
-        resumes = runtime.on_rank0(lambda: selection.run_exists(str(config.name)))
-        before = runtime.gather(lambda: resume(state, config.precision))[runtime.rank] if resumes else None
-        if before is not None and state.progress(config.train) >= 1:
-            model = sample.load_checkpoint(state.path, runtime)
-            request = sample.request_of(model, sampling)
-            if runtime.on_rank0(lambda: sample.is_written(model, request)):
-                runtime.say(f"The run {config.name} is finished ({state.effort()}, {state.path}). Sample from it with "
-                            "--mode sample, extend it with a larger --epochs or --minutes, or start over with --fresh.")
-                return 0
-        else:
-            announce(state, before)
-            if signal_number := train(state):
-                runtime.say(f"Stopped after step {state.step:,}; saved in {state.path}. Run the same command again"
-                            f"{' without --fresh' * config.train.fresh} to resume.")
-                return 128 + signal_number
+    model = sample.load_checkpoint(state.path, runtime)
+    request = sample.request_of(model, sampling)
+    if runtime.on_rank0(lambda: sample.is_written(model, request)):
+        runtime.say(f"The run {config.name} is finished ({state.effort()}, {state.path}). Sample from it with "
+                    "--mode sample, extend it with a larger --epochs or --minutes, or start over with --fresh.")
+        return 0
     runtime.say(f"Training is finished ({state.effort()}).")
-    for path in (results / "loss.png", results / "metrics.csv", state.path):
+    for path in (state.results / "loss.png", state.results / "metrics.csv", state.path):
         if path.exists():
             runtime.say(f"  {path}")
     sample.main(sampling, runtime)
     return 0
+
+
+def run_training(state: TrainingState, precision: Precision, *, quiet: bool = False) -> int:
+    """Starts or resumes a run, and trains it to its end; returns the number of the signal that stopped it, or 0.
+
+    precision: what the user asked for; with "auto" a run keeps the one that it began with.
+    """
+    options, runtime, folder = state.config.train, state.runtime, state.path.parent
+    runtime.on_rank0(lambda: [make_folder(path) and None for path in (folder, state.results)])
+    with contextlib.ExitStack() as held:
+        runtime.on_rank0(lambda: held.enter_context(lock(folder)))
+        if options.fresh:
+            runtime.on_rank0(lambda: selection.keep_old(folder, state.results))
+        resumes = runtime.on_rank0(lambda: selection.run_exists(str(state.config.name)))
+        before = runtime.gather(lambda: resume(state, precision))[runtime.rank] if resumes else None
+        if state.progress(options) >= 1:
+            return 0
+        if not quiet:
+            announce(state, before)
+        return train(state)
 
 
 def train(state: TrainingState) -> int:

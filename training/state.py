@@ -20,6 +20,10 @@ from training.step import Learner
 BAD_STEPS = 20  # steps in a row without a finite loss after which a run stops
 
 
+class Diverged(UserError):
+    """The loss, its gradient or a weight is not finite any more."""
+
+
 @dataclass
 class TrainingState:
     """One run. `history` is saved with it: "columns" of metrics.csv, running sums since its last row, seconds, ..."""
@@ -51,9 +55,9 @@ class TrainingState:
 
 def new_state(config: Config, runtime: Runtime, train: LabelledImages, test: LabelledImages) -> TrainingState:
     """A run at its start; precision auto becomes what this device is fast at."""
-    if edited := code.edited():
-        runtime.say(f"note: {', '.join(edited)} changed since Python imported it, and this run goes by what was "
-                    "imported. To use the change, restart the notebook's kernel or the program.")
+    if config.train.batch_size < runtime.world:
+        raise UserError(f"--batch-size {config.train.batch_size}: fewer images than the {runtime.world} processes; "
+                        "raise it, or start fewer")
     config = replace(config, precision=runtime.on_rank0(lambda: runtime.training_precision(config.precision)))
     learner = Learner(config, train, runtime)
     history = {"columns": {}, "running": [0.0, 0], "seconds": 0.0, "skipped": 0, "code": dict(code.IMPORTED),
@@ -112,10 +116,10 @@ def resume(state: TrainingState, precision: str) -> TrainConfig:
 
 
 def save(state: TrainingState) -> None:
-    """Writes the checkpoint, for one process to do; raises UserError if a weight is not finite or it can't."""
+    """Writes the checkpoint, for one process to do; raises Diverged if a weight is not finite, UserError if it can't."""
     learner = state.learner
     if not all(torch.isfinite(weight).all() for weight in learner.network.parameters()):
-        raise UserError(f"a weight is not finite after step {state.step}, so it is not saved, and {state.path} is "
+        raise Diverged(f"a weight is not finite after step {state.step}, so it is not saved, and {state.path} is "
                         "left as it was: start over with --fresh and a lower --lr, or --precision fp32")
     weights = {"model": learner.network.state_dict(), "ema": learner.average.state_dict()}
     checkpoint.save(state.path, {"config": stored(state.config), "optimizer": learner.optimizer.state_dict(),
@@ -125,7 +129,7 @@ def save(state: TrainingState) -> None:
 def read_losses(state: TrainingState) -> float | None:
     """Waits for the losses of the steps since the last call, and adds them to the history in the order of the steps.
 
-    Returns the mean training loss since the last row of metrics.csv, if any. Raises UserError after BAD_STEPS skipped
+    Returns the mean training loss since the last row of metrics.csv, if any. Raises Diverged after BAD_STEPS skipped
     steps in a row.
     """
     history = state.history
@@ -138,7 +142,7 @@ def read_losses(state: TrainingState) -> float | None:
             state.skipped_in_a_row += 1
             if state.skipped_in_a_row >= BAD_STEPS:
                 kept = f"; {state.path} holds the weights from before" if state.path.exists() else ""
-                raise UserError(f"the loss or its gradient was not finite in {BAD_STEPS} steps in a row, up to step "
+                raise Diverged(f"the loss or its gradient was not finite in {BAD_STEPS} steps in a row, up to step "
                                 f"{state.step}: start over with --fresh and a lower --lr, or --precision fp32{kept}")
     state.pending_losses.clear()
     return history["running"][0] / history["running"][1] if history["running"][1] else None
