@@ -14,7 +14,7 @@ from support import selection
 from support.files import lock, make_folder
 from support.loading import load_both
 from support.runtime import Runtime, stop_signals
-from training.log import announce, current_model, log_number, log_point, preview_number
+from training.log import announce, current_model, is_written, log_number, log_point, preview_number
 from training.optimizer import learning_rate, run_length
 from training.state import TrainingState, new_state, read_losses, resume, save
 
@@ -44,7 +44,7 @@ def main(config: Config, runtime: Runtime) -> int:
         if before is not None and state.progress(config.train) >= 1:
             model = sample.load_checkpoint(state.path, runtime)
             request = sample.request_of(model, sampling)
-            if runtime.on_rank0(lambda: sample.is_written(model, request)):
+            if runtime.on_rank0(lambda: is_written(results, model, request)):
                 runtime.say(f"The run {config.name} is finished ({state.effort()}, {state.path}). Sample from it with "
                             "--mode sample, extend it with a larger --epochs or --minutes, or start over with --fresh.")
                 return 0
