@@ -324,14 +324,6 @@ def request_of(model: LoadedModel, config: Config) -> SampleRequest:
     return make_request(model, options, config.seed, len(config.sample.write or "") or options.num_images or 256)
 
 
-def is_written(model: LoadedModel, request: SampleRequest) -> bool:
-    """Whether the model's results folder holds the pictures and arrays of this request."""
-    folder = selection.results_folder(model.path, model.digest)
-    first, last = folder / "sample.png", folder / "samples.npz"  # in the order in which they are written
-    return (plots.metadata_of(first) == provenance(model, request) and last.exists()
-            and last.stat().st_mtime >= first.stat().st_mtime)
-
-
 def announce(model: LoadedModel, request: SampleRequest) -> None:
     """Prints which weights are sampled from, in how many network evaluations, and how they are guided."""
     name, notice = model.data.get("name", "unknown images"), f"\n{NOTICE}"
