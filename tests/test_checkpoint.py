@@ -23,6 +23,9 @@ from torch import Tensor, nn
 
 from config import UserError
 from support import checkpoint, files, selection, settings
+from support.runtime import Runtime
+
+CPU = Runtime(torch.device("cpu"), bf16=False, compile=False)
 
 
 class Network(nn.Module):
@@ -340,11 +343,10 @@ def test_no_folder_to_write_to(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["last.safetensors"]
 
 
-@pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="root may write everywhere")
-def test_folder_without_permission(tmp_path: Path) -> None:
-    (tmp_path / "closed").mkdir(mode=0o500)
+def test_folder_without_permission(no_root: None) -> None:
+    Path("closed").mkdir(mode=0o500)
     with pytest.raises(UserError, match="can't be written .Permission denied.: make it writable"):
-        checkpoint.save(tmp_path / "closed" / "last.safetensors", make_state())
+        checkpoint.save(Path("closed/last.safetensors"), make_state())
 
 
 def test_write_atomically_cleans_up_after_any_failure(tmp_path: Path) -> None:
@@ -468,6 +470,50 @@ def test_a_run_that_lost_its_last_file_is_not_passed_over(own_folder: Path) -> N
         assert "no such file" in message and f"--checkpoint {previous}, or rename it to last.safetensors" in message
 
 
+@pytest.mark.parametrize("place", ["checkpoints", "checkpoints/mnist"])
+def test_runs_that_cannot_be_seen_are_not_taken_for_none(place: str, no_root: None) -> None:
+    """As where another user made the folder."""
+    put("mnist")
+    Path(place).chmod(0)
+    for flags in (["sample"], ["sample", "--name", "mnist"], ["train", "--name", "mnist"],
+                  ["evaluate", "--checkpoint", "mnist"]):
+        with pytest.raises(UserError, match=f"^{place}.*Permission denied.*: make .*readable"):
+            selection.settle(settings.parse(["--mode", *flags]), CPU)
+    Path(place).chmod(0o700)
+    put("mnist").chmod(0)
+    with pytest.raises(UserError, match="last.safetensors: can't be read .Permission denied.: make it readable"):
+        checkpoint.load(selection.run_path("mnist"))
+    assert selection.settle(settings.parse(["--mode", "sample", "--checkpoint", "pretrained"]), CPU)
+
+
+def test_a_link_that_leads_nowhere_is_named(own_folder: Path) -> None:
+    """As where the disk of the checkpoints is not mounted."""
+    Path("checkpoints").symlink_to("/nowhere/checkpoints")
+    for work in (lambda: selection.settle(settings.parse(["--mode", "sample"]), CPU),
+                 lambda: found("--name", "mine"), lambda: files.make_folder(Path("checkpoints/mine"))):
+        with pytest.raises(UserError, match="checkpoints is a link to /nowhere/checkpoints, which is not there: mount"):
+            work()
+
+
+def test_a_folder_that_cannot_be_written(no_root: None) -> None:
+    """Another --name would not help."""
+    Path("checkpoints").mkdir(mode=0o500)
+    with pytest.raises(UserError, match="^checkpoints/mine: can't be made .Permission denied.: make .*/checkpoints "
+                                        "writable, or run this in a folder that is$"):
+        files.make_folder(Path("checkpoints/mine"))
+
+
+def test_shipped_weights_in_place_of_a_run_say_which_runs_there_are(own_folder: Path, capsys) -> None:
+    sample = settings.parse(["--mode", "sample"])
+    selection.settle(sample, CPU)
+    assert capsys.readouterr().out == ("There is no run of your own yet, so this uses the weights that ship with the "
+                                       "project.\n")
+    put("mine")
+    selection.settle(sample, CPU)
+    assert capsys.readouterr().out == ("There is no run named mnist, so this uses the weights that ship with the "
+                                       "project. Runs in checkpoints/: mine. Choose one with --name.\n")
+
+
 def test_a_home_folder_is_a_place_for_checkpoints(own_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(own_folder))
     assert found("--checkpoint", f"~/{put('x')}") == own_folder / "checkpoints/x/last.safetensors"
@@ -479,11 +525,12 @@ def test_a_home_folder_is_a_place_for_checkpoints(own_folder: Path, monkeypatch:
     ("there/mine/last.safetensors", "mine-01234567"), ("there/../checkpoints/mine/last.safetensors", "mine"),
     ("checkpoints/pretrained/last.safetensors", "pretrained-01234567"),
     ("checkpoints/Pretrained/last.safetensors", "Pretrained-01234567"),
-    (selection.PRETRAINED, "shipped"), (os.path.relpath(selection.PRETRAINED), "shipped"),
+    (selection.PRETRAINED, "shipped"),
     (os.fsdecode(b"a\xff.safetensors"), os.fsdecode(b"a\xff-01234567")),
     ("x" * 240 + ".safetensors", "x" * 100 + "-01234567")])
 def test_each_checkpoint_has_a_results_folder_of_its_own(path: str, folder: str) -> None:
-    assert selection.results_folder(Path(path), "0123456789abcdef") == Path("results", folder)
+    for form in (path, os.path.relpath(path)):
+        assert selection.results_folder(Path(form), "0123456789abcdef") == Path("results", folder)
 
 
 def test_names_that_are_no_text_can_be_written_to(tmp_path: Path) -> None:
@@ -535,7 +582,7 @@ def test_lock_refuses_a_second_run_until_the_first_ends(tmp_path: Path) -> None:
 
 def test_a_file_in_the_place_of_a_folder(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="file: can't be made .*choose another --name"):
+    with pytest.raises(UserError, match="file: can't be made .*file is a file: move it away"):
         files.make_folder(tmp_path / "file")
 
 

@@ -73,12 +73,19 @@ def test_samples_have_their_convention_and_origin(there: Path, capsys: pytest.Ca
     assert main(["--mode", "sample", "--dataset", "idx", *SAMPLING, "--sampler", "ddim", "--digits", "37",
                  "--seed", "5"]) == 0
     arrays = np.load(there / "results/idx/samples.npz")
-    assert arrays["arr_0"].shape == (16, 28, 28, 1) and arrays["arr_0"].dtype == np.uint8
-    assert arrays["arr_1"].tolist() == [3, 7] * 8
+    assert arrays["images"].shape == (16, 28, 28) and arrays["images"].dtype == np.uint8
+    assert arrays["labels"].tolist() == [3, 7] * 8
     text = Image.open(there / "results/idx/sample.png").text
     weights = checkpoint.weights_digest(checkpoint.load(there / "checkpoints/idx/last.safetensors")["ema"])
     assert text["weights"] == weights and text["seed"] == "5" and text["sampler"] == "ddim" and text["steps"] == "3"
     assert ": 4 network evaluations an image. Guidance 2.1 acts in 1 of 3 steps" in capsys.readouterr().out
+
+
+def test_a_picture_of_many_images_shows_the_first(there: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--mode", "sample", "--dataset", "idx", "--steps", "1", "--num-images", "1030"]) == 0
+    assert "sample.png shows the first 1,024 of 1,030 images; samples.npz holds all." in capsys.readouterr().out
+    assert Image.open(there / "results/idx/sample.png").size == (2 * (32 * 30 + 2),) * 2
+    assert np.load(there / "results/idx/samples.npz")["images"].shape == (1030, 28, 28)
 
 
 def test_number_is_written(there: Path) -> None:
@@ -240,8 +247,8 @@ def test_two_processes_sample_what_one_does(uninterrupted: Done, tmp_path: Path)
     for program in [start(tmp_path / "one", *flags), *start_ranks(tmp_path / "two", 2, *flags)]:
         program.finish()
     one, two = (np.load(next((tmp_path / name / "results").glob("idx-*/samples.npz"))) for name in ("one", "two"))
-    assert (len(one["arr_0"]) == 130 and np.array_equal(one["arr_0"], two["arr_0"])
-            and np.array_equal(one["arr_1"], two["arr_1"]))
+    assert (len(one["images"]) == 130 and np.array_equal(one["images"], two["images"])
+            and np.array_equal(one["labels"], two["labels"]))
 
 
 def test_minutes_end_on_time(idx_folder: Path, tmp_path: Path) -> None:

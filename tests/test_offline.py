@@ -163,8 +163,8 @@ def test_the_shipped_weights_sample_the_digits_asked_for(own_folder: Path) -> No
     assert main(["--mode", "sample", "--checkpoint", str(path), "--num-images", "50", "--digits", "0123456789",
                  "--device", "cpu"]) == 0
     sampled = np.load("results/shipped/samples.npz")
-    images = torch.from_numpy(sampled["arr_0"]).permute(0, 3, 1, 2)
+    images = torch.from_numpy(sampled["images"])[:, None]
     _, probabilities = extract(load_classifier(), images)
     likeliest = probabilities.max(1)
-    assert (likeliest.indices == torch.from_numpy(sampled["arr_1"])).double().mean() >= 0.94
+    assert (likeliest.indices == torch.from_numpy(sampled["labels"])).double().mean() >= 0.94
     assert (likeliest.values > CONFIDENT).double().mean() >= 0.88

@@ -349,7 +349,7 @@ def written(folder, *flags):
     assert run.main(["--mode", "sample", *flags]) == 0
     (path,) = folder.glob("results/*/samples.npz")
     with np.load(path) as arrays:
-        return arrays["arr_0"][..., 0], arrays["arr_1"]
+        return arrays["images"], arrays["labels"]
 
 
 def test_the_shipped_weights_give_a_script_what_they_give_the_command(own_folder, capfd):
