@@ -19,8 +19,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from support import settings
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from config import Config, UserError
@@ -28,6 +26,7 @@ from dataset import CLASSES, LabelledImages, to_uint8
 from evaluation.classifier import load_classifier
 from evaluation.reference import Reference
 from sample import choose_labels, make_request, sample_images
+from support import settings
 from support.runtime import Runtime
 from training.log import current_model
 from training.optimizer import learning_rate
@@ -109,11 +108,11 @@ class Trainee:
 
 def count(network: nn.Module) -> tuple[int, float]:
     """Parameters, and 10^9 operations of one forward of one image, a multiply-add counted as two."""
-    home = next(network.parameters()).device
-    one = torch.ones(1, dtype=torch.long, device=home)
+    device = next(network.parameters()).device
+    t = label = torch.ones(1, dtype=torch.long, device=device)
     # Attention as plain matrix products, since not every fused kernel is counted.
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        network.eval()(torch.zeros(1, 1, 28, 28, device=home), one, one)
+        network.eval()(torch.zeros(1, 1, 28, 28, device=device), t, label)
     return sum(p.numel() for p in network.train().parameters()), counter.get_total_flops() / 1e9
 
 

@@ -149,14 +149,14 @@ def reproduced(bench: Bench) -> str:
         if process.returncode not in (0, 143):
             raise RuntimeError((output.strip().splitlines() or ["no output"])[-1])
 
-    found = []
+    states = []
     for stops in ((False,), (False,), (True, False)):
         with tempfile.TemporaryDirectory() as folder:
             for stop in stops:
                 run(folder, stop)
-                found.append(checkpoint.load(Path(folder) / "checkpoints/generated" / checkpoint.LAST))
-    *digests, _, resumed = (checkpoint.weights_digest(state["model"]) for state in found)
-    return f"{', '.join(digests)}, and {resumed} after a stop at step {found[2]['step']} of {found[3]['step']}"
+                states.append(checkpoint.load(Path(folder) / "checkpoints/generated" / checkpoint.LAST))
+    *digests, _, resumed = (checkpoint.weights_digest(state["model"]) for state in states)
+    return f"{', '.join(digests)}, and {resumed} after a stop at step {states[2]['step']} of {states[3]['step']}"
 
 
 def main(argv: list[str]) -> None:

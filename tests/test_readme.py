@@ -1,5 +1,6 @@
 """The readme's commands, snippets, flags, files and names do what it says."""
 
+import os
 import re
 import shlex
 import shutil
@@ -139,3 +140,19 @@ def test_the_readme_can_be_read() -> None:
     lines = README.splitlines()
     tables = [line for line in lines if line.startswith("|")]
     assert len(lines) - len(tables) <= 200 and max(len(line) for line in lines if line not in tables) <= 100
+
+
+def test_every_benchmark_finds_the_project_from_any_folder(tmp_path: Path) -> None:
+    script = ("import runpy, sys\n"
+              "for path in sys.argv[2:]:\n"
+              "    sys.path[0], before = sys.argv[1], {*sys.modules}\n"
+              "    runpy.run_path(path)\n"
+              "    sys.path.remove(str(sys.modules['config'].ROOT))\n"
+              "    for name in {*sys.modules} - before:\n"
+              "        if (getattr(sys.modules[name], '__file__', None) or '').startswith(sys.argv[1]):\n"
+              "            del sys.modules[name]\n")
+    paths = [str(path) for path in (ROOT / "benchmarks").glob("*.py")]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    process = subprocess.run([sys.executable, "-c", script, str(ROOT / "benchmarks"), *paths], cwd=tmp_path,
+                             capture_output=True, text=True, env=environment)
+    assert process.returncode == 0 and len(paths) >= 8, process.stderr[-2000:]
