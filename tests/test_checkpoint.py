@@ -7,11 +7,7 @@ import io
 import json
 import os
 import pickle
-import signal
-import subprocess
-import sys
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -255,9 +251,10 @@ def test_a_file_that_is_replaced_while_it_is_read_is_one_or_the_other(tmp_path: 
     states = [make_state(1), make_state(2) | {"history": {"more": torch.ones(999)}}]
     checkpoint.save(last, states[0])
     saving = threading.Thread(target=lambda: [checkpoint.save(last, states[i % 2]) for i in range(60)])
+    checkpoint.save(last, states[1])
     saving.start()
     while saving.is_alive():
-        assert checkpoint.load(last)["step"] in (1, 2)
+        assert {checkpoint.load(path)["step"] for path in (last, tmp_path / "previous.safetensors")} <= {1, 2}
     saving.join()
 
 
@@ -265,6 +262,7 @@ def test_a_file_that_is_replaced_while_it_is_read_is_one_or_the_other(tmp_path: 
 
 
 def test_previous_is_the_one_before(tmp_path: Path) -> None:
+    (tmp_path / ".last.safetensors.12345.part").write_bytes(b"left by a kill")
     for step in (1, 2, 3):
         checkpoint.save(tmp_path / "last.safetensors", make_state(step))
     assert checkpoint.load(tmp_path / "last.safetensors")["step"] == 3
@@ -360,45 +358,6 @@ def test_write_atomically_cleans_up_after_any_failure(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="a bug"):
         files.write_atomically(target, fail)
     assert target.read_bytes() == b"one" and list(tmp_path.iterdir()) == [target]
-
-
-SAVER = """
-import sys, pathlib, torch
-sys.path[:0] = [{root!r}, {tests!r}]
-import test_checkpoint
-from support import checkpoint
-states = [test_checkpoint.make_state(step) for step in range(10)]
-print("ready", flush=True)
-while True:
-    for state in states:
-        checkpoint.save(pathlib.Path({path!r}), state)
-"""
-
-
-@pytest.mark.skipif(os.name == "nt", reason="no SIGKILL")
-def test_kills_in_the_middle_of_saves(tmp_path: Path) -> None:
-    last = tmp_path / "last.safetensors"
-    here = Path(__file__).resolve().parent
-    code = SAVER.format(root=str(here.parent), tests=str(here), path=str(last))
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None and process.stdout.readline() == "ready\n"
-    for _ in range(20):  # stopped anywhere, both files are whole, as a kill there would leave them
-        time.sleep(0.013)
-        process.send_signal(signal.SIGSTOP)
-        if last.exists():
-            checkpoint.load(last)
-        if (tmp_path / "previous.safetensors").exists():
-            checkpoint.load(tmp_path / "previous.safetensors")
-        process.send_signal(signal.SIGCONT)
-    time.sleep(0.05)
-    process.kill()
-    process.wait()
-    process.stdout.close()
-    before = checkpoint.load(last)["step"]
-    checkpoint.save(last, make_state(99))
-    assert checkpoint.load(last)["step"] == 99 and checkpoint.load(tmp_path / "previous.safetensors")["step"] == before
-    # No litter of the killed one.
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["last.safetensors", "previous.safetensors"]
 
 
 # Weights into a network
@@ -550,40 +509,8 @@ def test_a_folder_whose_name_is_too_long(tmp_path: Path) -> None:
         files.make_folder(tmp_path / ("数" * 100))
 
 
-# One run at a time
-
-
-HOLDER = """
-import sys, pathlib
-sys.path.insert(0, {root!r})
-from support import files
-with files.lock(pathlib.Path({path!r})):
-    print("held", flush=True)
-    sys.stdin.read()
-"""
-
-
-def test_lock_refuses_a_second_run_until_the_first_ends(tmp_path: Path) -> None:
-    folder = files.make_folder(tmp_path / "mnist")
-    code = HOLDER.format(root=str(Path(__file__).resolve().parent.parent), path=str(folder))
-    holder = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    assert holder.stdout is not None and holder.stdin is not None and holder.stdout.readline() == "held\n"
-    with pytest.raises(UserError, match=f"another run of this name is going on .process {holder.pid} on .*mnist.: "
-                                        "wait, or choose another --name; .*delete .*lock"):
-        files.lock(folder).__enter__()
-    holder.kill()  # the system frees the lock
-    holder.wait()
-    holder.stdout.close()
-    holder.stdin.close()
-    for _ in range(2):
-        with files.lock(folder):
-            pass
-
-
 def test_a_file_in_the_place_of_a_folder(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="file: can't be made .*file is a file: move it away"):
         files.make_folder(tmp_path / "file")
 
-
-# The code that decides training

@@ -320,8 +320,8 @@ def test_many_skipped_steps_in_a_row_end_a_run_though_the_last_was_finite() -> N
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="it takes a GPU")
 @pytest.mark.parametrize("flags, graphs", [((), False), (("--dropout", "0.1"), True)])
-def test_a_gpu_learns_and_samples_the_same_in_graphs(flags: tuple[str, ...], graphs: bool,
-                                                     monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_learns_the_same_in_graphs(flags: tuple[str, ...], graphs: bool,
+                                         monkeypatch: pytest.MonkeyPatch) -> None:
     """As launched one by one; with dropout, which a compiler has its own numbers for, as in other graphs."""
     cuda = torch.device("cuda", 0)
     one, other = (tiny_state("--precision", "fp32", *flags, runtime=Runtime(cuda, bf16=False, compile=compile))
@@ -335,12 +335,6 @@ def test_a_gpu_learns_and_samples_the_same_in_graphs(flags: tuple[str, ...], gra
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
-    def sampled(*compiles: bool) -> list[Tensor]:
-        model = current_model(other)
-        request = sample.make_request(model, other.config.sample, 0, 5)
-        return [sample.sample_images(replace(model, runtime=replace(other.runtime, compile=compile)), request)[0]
-                for compile in compiles]
-
     def not_finite(*arguments: Any) -> tuple[Tensor, ...]:
         indices, uniform, noise = dataset.random_batch(*arguments)
         return indices, uniform, noise * torch.nan
@@ -350,13 +344,6 @@ def test_a_gpu_learns_and_samples_the_same_in_graphs(flags: tuple[str, ...], gra
         patch.setattr(training.step, "random_batch", not_finite)
         assert other.learner.step(20, lr=1e-3).isnan()
     assert torch.equal(other.learner.network.head.weight, before)
-    first = sampled(True, False, True)
-    assert torch.equal(first[0], first[2])
-    torch.testing.assert_close(first[0], first[1])
-    other.learner.step(20, lr=1e-3)  # the graph sees the new weights
-    again = sampled(True, False)
-    torch.testing.assert_close(*again)
-    assert not torch.equal(again[0], first[0])
 
 
 # An Apple GPU

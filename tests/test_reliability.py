@@ -10,7 +10,6 @@ import errno
 import itertools
 import math
 import os
-import platform
 import re
 import shutil
 import signal
@@ -291,7 +290,8 @@ def test_more_epochs_extend_a_run_and_say_what_the_rate_does(schedule: str, end:
     assert rows[:len(short)] == short and rows[-1]["step"] == "16"
 
 
-def test_minutes_used_are_remembered(own_folder: Path, flags: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_minutes_used_are_remembered(own_folder: Path, flags: list[str], monkeypatch: pytest.MonkeyPatch,
+                                     capsys: Capture) -> None:
     """With a clock that a step moves on by a second."""
     clock, taken = SimpleNamespace(seconds=0.0), Learner.step
 
@@ -307,7 +307,7 @@ def test_minutes_used_are_remembered(own_folder: Path, flags: list[str], monkeyp
     flags = [*flags[:epochs], *flags[epochs + 2:], "--minutes", "0.2"]
     assert main(flags) == 130 and checkpoint.load(LAST)["history"]["seconds"] == 4
     clock.seconds += 1000
-    assert main(flags) == 0
+    assert main(flags) == 0 and "Training is finished (12 steps, 1.5 epochs, 0.2 minutes)" in capsys.readouterr().out
     assert checkpoint.load(LAST)["step"] == 12 and checkpoint.load(LAST)["history"]["seconds"] == 12
 
 
@@ -363,14 +363,10 @@ def test_a_whole_checkpoint_of_another_making(edit: Callable[[dict[str, Any]], A
 
 
 @pytest.mark.parametrize("mode", ["train", "sample"])
-@pytest.mark.parametrize("damage", [lambda data: data[:len(data) // 2], lambda data: b"",
-                                    lambda data: data[:9000] + bytes([data[9000] ^ 1]) + data[9001:]],
-                         ids=["half", "empty", "bit"])
-def test_a_damaged_checkpoint_is_named_kept_and_the_one_before_offered(mode: str, damage: Callable[[bytes], bytes],
-                                                                       there: Path, flags: list[str],
+def test_a_damaged_checkpoint_is_named_kept_and_the_one_before_offered(mode: str, there: Path, flags: list[str],
                                                                        capsys: Capture) -> None:
     arguments = SAMPLE if mode == "sample" else [*flags, "--epochs", "3"]
-    LAST.write_bytes(damage(LAST.read_bytes()))
+    LAST.write_bytes(LAST.read_bytes()[:9000])
     files = {path: path.read_bytes() for path in LAST.parent.iterdir()}
     line = refused(arguments, capsys)
     assert str(LAST) in line and str(PREVIOUS) in line
@@ -556,30 +552,6 @@ def test_variables_left_over_from_torchrun(left_over: dict[str, str], there: Pat
         monkeypatch.setenv(name, value)
     assert main([*SAMPLE, "--steps", "1"]) == 0 and "results/idx/samples.npz" in capsys.readouterr().out
     assert "--steps 1000" in refused([*SAMPLE, "--steps", "1000"], capsys)
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc is told")
-@pytest.mark.parametrize("keep", [True, False])
-def test_freed_memory_is_kept_for_the_next_step(keep: bool) -> None:
-    """Else the system takes it back, and gives it again in one page fault for each of its 4 KiB pages."""
-    script = f"""
-import ctypes, resource
-from support.runtime import keep_freed_memory
-libc = ctypes.CDLL(None)
-libc.malloc.restype = ctypes.c_void_p
-if {keep}:
-    keep_freed_memory()
-for _ in range(3):
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    blocks = [ctypes.c_void_p(libc.malloc(3 << 20)) for _ in range(10)]
-    for block in blocks:
-        ctypes.memset(block, 1, 3 << 20)
-    for block in blocks:
-        libc.free(block)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-"""
-    faults = int(subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True).stdout)
-    assert faults < 100 if keep else faults > 5000
 
 
 def test_a_compiler_cache_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
