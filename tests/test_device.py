@@ -75,6 +75,18 @@ def test_a_step_learns_at_the_levels_in_focus(monkeypatch: pytest.MonkeyPatch) -
     assert len(seen[0]) == 8 and seen[0].min() > low and seen[0].max() <= high
 
 
+@pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
+def test_a_step_learns_a_share_of_its_images_without_labels(share: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    learner, seen = tiny_state("--label-dropout", str(share), "--batch-size", "200").learner, []
+    monkeypatch.setattr(training.step, "diffusion_loss",
+                        lambda *inputs: seen.append(inputs[3]) or diffusion_loss(*inputs))
+    learner.step(0, lr=1e-3)
+    labels = learner.images.labels[dataset.random_batch(0, 0, 200, len(learner.images))[0]]
+    dropped = seen[0] == dataset.NO_LABEL
+    assert dropped.double().mean() == pytest.approx(share, abs=0.1) and (share == 0.4 or dropped.all() == (share == 1))
+    assert torch.equal(seen[0][~dropped], labels[~dropped])
+
+
 @pytest.mark.parametrize("flags", [(), ("--optimizer", "adamw", "--dropout", "0.1", "--attention", "7")])
 def test_a_step_never_waits_for_the_device(flags: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     """On a CPU too, an operation for whose result the host waits can be told by its name."""

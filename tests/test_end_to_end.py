@@ -24,8 +24,8 @@ from support import checkpoint, plots, precision
 from tests.conftest import ROOT, TINY
 from tests.processes import assert_close, assert_same, learned, nothing, start, start_ranks, wait_for
 
-RUN = ["--dataset", "idx", "--batch-size", "32", "--epochs", "2", "--timesteps", "100", "--preview", "4",
-       "--device", "cpu", *TINY]
+RUN = ["--mode", "train", "--dataset", "idx", "--batch-size", "32", "--epochs", "2", "--timesteps", "100", "--preview",
+       "4", "--device", "cpu", *TINY]
 SAMPLING = ["--steps", "3", "--num-images", "16"]
 # A save after every step, so that some kills fall into one.
 OFTEN = {"training.loop.SAVE_SECONDS": 0.0, "support.plots.save_losses": nothing}

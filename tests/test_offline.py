@@ -23,7 +23,8 @@ from tests.conftest import TINY
 
 CPU = Runtime(torch.device("cpu"), bf16=False, compile=False)
 QUICK = ["--steps", "2", "--device", "cpu"]
-RUN = [*TINY, *QUICK, "--minutes", "0.01", "--preview", "0", "--num-images", "4", "--timesteps", "10"]
+RUN = ["--mode", "train", *TINY, *QUICK, "--minutes", "0.01", "--preview", "0", "--num-images", "4",
+       "--timesteps", "10"]
 
 
 def no_download(source: idx.Source, folder: Path) -> None:

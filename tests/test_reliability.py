@@ -43,8 +43,8 @@ from tests.processes import Program, assert_close, assert_same, learned, nothing
 from training.optimizer import Optimizer, learning_rate, progress
 from training.step import Learner
 
-RUN = ["--dataset", "idx", "--batch-size", "8", "--epochs", "2", "--timesteps", "100", "--preview", "0",
-       "--device", "cpu", *TINY, "--steps", "3", "--num-images", "16"]  # 16 steps
+RUN = ["--mode", "train", "--dataset", "idx", "--batch-size", "8", "--epochs", "2", "--timesteps", "100", "--preview",
+       "0", "--device", "cpu", *TINY, "--steps", "3", "--num-images", "16"]  # 16 steps
 SAMPLE = ["--mode", "sample", "--dataset", "idx", "--device", "cpu", "--steps", "3", "--num-images", "16"]
 LAST, PREVIOUS = Path("checkpoints/idx/last.safetensors"), Path("checkpoints/idx/previous.safetensors")
 CPU = Runtime(torch.device("cpu"), bf16=False, compile=False)
