@@ -420,18 +420,17 @@ def test_the_code_of_a_step_is_what_a_step_runs() -> None:
     assert called == code.IMPORTED.keys()
 
 
-def test_digests_are_of_the_code_that_was_imported(tmp_path: Path) -> None:
+def test_digests_are_of_the_code_that_was_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of its text, whatever its line ends; an edit after the import changes nothing."""
-    folder = tmp_path / "project"
-    shutil.copytree(ROOT / "support", folder / "support")
-    shutil.copyfile(ROOT / "config.py", folder / "config.py")
-    (folder / "dataset.py").write_bytes((ROOT / "dataset.py").read_bytes().replace(b"\n", b"\r\n"))
-    (folder / "model.py").write_bytes((ROOT / "model.py").read_bytes() + b"# edited\n")
-    script = ("import model, pathlib; from support import code; pathlib.Path('model.py').write_text('# again'); "
-              "print(code.IMPORTED['model.py'], code.IMPORTED['dataset.py'], code.digest('model.py'))")
-    output = subprocess.run([sys.executable, "-c", script], cwd=folder, capture_output=True, text=True, check=True)
-    model, data, now = output.stdout.split()
-    assert model != code.digest("model.py") and data == code.digest("dataset.py") and now not in (model, data)
+    for name, value in (("ROOT", tmp_path), ("IMPORTED", {})):
+        monkeypatch.setattr(code, name, value)
+    for name, text in (("unix", b"a = 1\n"), ("windows", b"a = 1\r\n"), ("edited", b"a = 1\n# edited\n")):
+        (tmp_path / f"{name}.py").write_bytes(text)
+        code.register(str(tmp_path / f"{name}.py"))
+    (tmp_path / "unix.py").write_text("# edited again")
+    imported = code.IMPORTED
+    assert imported["unix.py"] == imported["windows.py"] and imported["edited.py"] != imported["unix.py"]
+    assert code.digest("unix.py") not in imported.values()
 
 
 def test_sampling_takes_the_schedule_of_the_checkpoint_not_of_the_code(there: Path,
