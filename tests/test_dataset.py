@@ -321,7 +321,8 @@ def unreachable(torchvision_mnist, own_folder: Path, monkeypatch: pytest.MonkeyP
     return own_folder
 
 
-@pytest.mark.parametrize("flags", [["--name", "x", "--minutes", "0.01"], ["--dataset", "mnist"], ["--mode", "evaluate"],
+@pytest.mark.parametrize("flags", [["--mode", "train", "--name", "x", "--minutes", "0.01"],
+                                   ["--mode", "train", "--dataset", "mnist"], ["--mode", "evaluate"],
                                    ["--mode", "compare", "--runs", "pretrained", "pretrained --guidance 1"]])
 def test_a_mistyped_folder_is_an_error_and_stays_away(flags: list[str], unreachable: Path, capsys) -> None:
     (unreachable / "there").mkdir()
@@ -338,7 +339,7 @@ def test_a_download_that_is_interrupted_leaves_no_folder(unreachable: Path, torc
         raise KeyboardInterrupt
 
     monkeypatch.setattr(torchvision_mnist[0], "__init__", interrupted)
-    assert main(["--device", "cpu"]) == 130 and list(unreachable.iterdir()) == []
+    assert main(["--mode", "train", "--device", "cpu"]) == 130 and list(unreachable.iterdir()) == []
 
 
 @pytest.mark.parametrize("layout", ["mnist/MNIST/raw", "MNIST/raw"])
@@ -349,7 +350,7 @@ def test_both_layouts_are_found_in_a_folder_under_the_home_folder(layout: str, m
     raw.mkdir(parents=True)
     for name, data in idx_files().items():
         (raw / name).write_bytes(data)
-    config = selection.settle(Config(data_dir=Path("~/data")), CPU)
+    config = selection.settle(Config(mode="train", data_dir=Path("~/data")), CPU)
     assert config.dataset == "mnist" and len(loading.load_split(config, "test")) == 7
     assert [path.name for path in unreachable.iterdir()] == ["home"]  # none called "~"
 
@@ -358,7 +359,7 @@ def test_both_layouts_are_found_in_a_folder_under_the_home_folder(layout: str, m
                                         ("a" * 300, "can't be downloaded")])
 @pytest.mark.parametrize("data", ["auto", "idx", "kmnist"])
 def test_an_impossible_folder_is_one_line(data: str, name: str, said: str, unreachable: Path, capsys) -> None:
-    assert main(["--dataset", data, "--data-dir", name, "--name", "x", "--device", "cpu"]) == 2
+    assert main(["--mode", "train", "--dataset", data, "--data-dir", name, "--name", "x", "--device", "cpu"]) == 2
     line = capsys.readouterr().err
     assert line.count("\n") == 1 and (said in line or "there is no such file" in line)
 

@@ -44,7 +44,8 @@ FINITE, NOT_FINITE = torch.tensor(True), torch.tensor(False)
 
 
 def tiny_state(*flags: str, runtime: Runtime = CPU) -> TrainingState:
-    config = settings.parse(["--dataset", "generated", "--batch-size", "8", "--precision", "fp32", *TINY, *flags])
+    config = settings.parse(["--mode", "train", "--dataset", "generated", "--batch-size", "8", "--precision",
+                             "fp32", *TINY, *flags])
     images = (loading.load_split(config, split).to(runtime.device) for split in ("train", "test"))
     return new_state(config, runtime, *images)
 
@@ -318,7 +319,7 @@ def test_the_compiler_of_a_gpu_is_deterministic_too(flag: str, options: Any, mon
     """Else it tries kernels that add in different orders, and takes the fastest."""
     wanted = []
     monkeypatch.setattr(torch, "compile", lambda function, options=None: wanted.append(options) or function)
-    chosen = settings.parse([flag]).train.deterministic
+    chosen = settings.parse(["--mode", "train", flag]).train.deterministic
     compiled(nothing, Runtime(torch.device("cuda", 0), bf16=True, compile=True), chosen)()
     assert wanted[-1] == options
 
@@ -369,8 +370,8 @@ def test_an_apple_gpu_trains_logs_samples_and_evaluates(own_folder: Path, monkey
     data = ["--data-dir", str(write_set(own_folder / "data", train=600, test=100)), "--steps", "2"]
     runtime = Runtime(MPS, bf16=False, compile=False)
     with pretended_mps():
-        config = settings.parse(["--dataset", "idx", *data, "--epochs", "1", "--batch-size", "100", "--preview", "10",
-                                "--num-images", "20", *TINY])
+        config = settings.parse(["--mode", "train", "--dataset", "idx", *data, "--epochs", "1", "--batch-size", "100",
+                                 "--preview", "10", "--num-images", "20", *TINY])
         assert training.loop.main(config, runtime) == 0
         evaluate.main(settings.parse(["--mode", "evaluate", "--name", "idx", *data, "--num-images", "200"]), runtime)
     assert checkpoint.load(Path("checkpoints/idx/last.safetensors"))["step"] == 6

@@ -85,14 +85,14 @@ def test_auto_prefers_mnist_that_is_there(own_folder: Path) -> None:
     raw.mkdir(parents=True)
     for name in idx.MNIST_MD5:
         (raw / name).write_bytes(b"")
-    settled = selection.settle(settings.parse([]), CPU)
+    settled = selection.settle(settings.parse(["--mode", "train"]), CPU)
     assert settled.dataset == "mnist" and settled.name == "mnist"
     with pytest.raises(UserError, match="damaged"):  # damaged is not absent: no silent fall back
         loading.load_split(settled, "train")
 
 
 def test_insisting_on_mnist_is_an_error_without_it(offline: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--dataset", "mnist"]) == 2
+    assert main(["--mode", "train", "--dataset", "mnist"]) == 2
     assert "can't be downloaded" in capsys.readouterr().err
 
 
@@ -138,16 +138,17 @@ def test_a_run_with_a_name_is_found_by_it_and_remembers_its_data(own_run: Path) 
 
 def test_a_folder_that_was_asked_for_is_never_passed_over(own_run: Path, idx_folder: Path) -> None:
     """Not even where the run of that name is one of generated digits."""
-    config = settings.parse(["--name", "generated", "--data-dir", str(idx_folder)])
+    config = settings.parse(["--mode", "train", "--name", "generated", "--data-dir", str(idx_folder)])
     with pytest.raises(UserError, match="MNIST is not in .*can't be downloaded"):
         selection.settle(config, CPU)
 
 
 def test_a_damaged_run_can_be_started_over(own_run: Path) -> None:
     selection.run_path("generated").write_bytes(b"junk")
+    command = ["--mode", "train", "--name", "generated"]
     with pytest.raises(UserError, match="damaged"):
-        selection.settle(settings.parse(["--name", "generated"]), CPU)
-    assert selection.settle(settings.parse(["--name", "generated", "--fresh"]), CPU).dataset == "generated"
+        selection.settle(settings.parse(command), CPU)
+    assert selection.settle(settings.parse([*command, "--fresh"]), CPU).dataset == "generated"
 
 
 def test_an_offline_run_is_never_continued_with_other_data(own_run: Path, idx_folder: Path,

@@ -410,7 +410,7 @@ def test_the_code_of_a_step_is_what_a_step_runs() -> None:
             called.add(files[frame.f_code.co_filename])
 
     data = loading.load_split(replace(Config(), dataset="generated"), "train")
-    learner = Learner(settings.parse([*TINY, "--dropout", "0.1", "--attention", "7"]), data,
+    learner = Learner(settings.parse(["--mode", "train", *TINY, "--dropout", "0.1", "--attention", "7"]), data,
                       Runtime(torch.device("cpu"), bf16=False, compile=False))
     sys.setprofile(note)
     try:
