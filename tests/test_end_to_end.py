@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 
 import training.step
+from config import Config
 from run import main
 from support import checkpoint, plots, precision
 from tests.conftest import ROOT, TINY
@@ -78,7 +79,7 @@ def test_samples_have_their_convention_and_origin(there: Path, capsys: pytest.Ca
     text = Image.open(there / "results/idx/sample.png").text
     weights = checkpoint.weights_digest(checkpoint.load(there / "checkpoints/idx/last.safetensors")["ema"])
     assert text["weights"] == weights and text["seed"] == "5" and text["sampler"] == "ddim" and text["steps"] == "3"
-    assert ": 4 network evaluations an image. Guidance 2.1 acts in 1 of 3 steps" in capsys.readouterr().out
+    assert f": 4 network evaluations an image. Guidance {Config().sample.guidance} acts in 1 of 3 steps" in capsys.readouterr().out
 
 
 def test_a_picture_of_many_images_shows_the_first(there: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -111,7 +112,7 @@ def test_changed_settings_are_listed_and_nothing_happens(there: Path, idx_folder
     assert main([*RUN, "--data-dir", str(idx_folder), "--epochs", "9", "--lr", "0.5", "--seed", "9",
                  "--precision", other, "--blocks", "1", "1", "2", "--schedule", "linear"]) == 2
     errors = capsys.readouterr().err
-    for said in ("lr was 0.002, now 0.5", "seed was 0, now 9", f"precision was {chosen}, now {other}",
+    for said in (f"lr was {Config().train.lr}, now 0.5", "seed was 0, now 9", f"precision was {chosen}, now {other}",
                  "schedule was cosine, now linear", "blocks was 1 1 1, now 1 1 2"):
         assert said in errors
     assert "epochs was" not in errors and len(errors.strip().splitlines()) == 1
