@@ -31,6 +31,7 @@ from support.settings import SAMPLER_OF, SAMPLING, network_settings, validate
 
 SHOWN = 6  # images in the pictures of the process
 COLUMNS, FRAMES = 15, 60  # states in process.png and in process.gif, at most
+MOST_IN_GRID = 1024  # images in sample.png; Pillow refuses pictures of tens of thousands
 LABELS_PER_CLASS = 10  # of each class in a block of labels
 
 
@@ -337,17 +338,20 @@ def write_images(folder: Path, images: Tensor, model: LoadedModel, request: Samp
     """Writes pictures and arrays, and returns their paths. Warns if the images don't look like the training images."""
     plots.warn_if_broken(images, model.data, model.images_seen)
     options, source = request.options, provenance(model, request)
-    arrays = images.permute(0, 2, 3, 1).numpy(), request.labels.numpy()  # in the convention of OpenAI's evaluators
+    grid = images[:MOST_IN_GRID]
     # Evenly spaced states, with both ends.
     shown, frames = (np.linspace(0, len(states) - 1, min(len(states), most)).round().astype(int).tolist()
                      for most in (COLUMNS, FRAMES))
-    columns = 10 if options.digits == "0123456789" else max(1, round(len(images) ** 0.5))
+    columns = 10 if options.digits == "0123456789" else max(1, round(len(grid) ** 0.5))
     writers: dict[str, Callable[[Path], None]] = {
-        "sample.png": lambda path: plots.save_grid(path, images, columns, source),
+        "sample.png": lambda path: plots.save_grid(path, grid, columns, source),
         "process.png": lambda path: plots.save_process(path, states[shown], [request.timesteps[i] for i in shown],
                                                        source),
         "process.gif": lambda path: plots.save_animation(path, states[frames], source),
-        "samples.npz": lambda path: write_atomically(path, lambda file: np.savez(file, *arrays))}
+        "samples.npz": lambda path: write_atomically(path, lambda file: np.savez(
+            file, images=images[:, 0].numpy(), labels=request.labels.numpy()))}  # uint8 [N, 28, 28], int64 [N]
+    if len(grid) < len(images):
+        print(f"sample.png shows the first {len(grid):,} of {len(images):,} images; samples.npz holds all.", flush=True)
     if options.write is not None:
         writers = {"number.png": lambda path: plots.save_number(path, images, source)}
     return write_results(folder, writers)

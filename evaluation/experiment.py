@@ -11,6 +11,7 @@ import re
 import shlex
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from operator import methodcaller
 from pathlib import Path
 from statistics import fmean
@@ -112,7 +113,7 @@ def make_plan(recipes: dict[str, Config], runtime: Runtime, train: LabelledImage
         for recipe in list(recipes) if turn % 2 == 0 else reversed(recipes):
             config = replace(recipes[recipe], seed=recipes[recipe].seed + turn)
             config = replace(config, name=run_name(config, digest))
-            plan.append(Training(recipe, config, runtime.on_rank0(lambda config=config: part_done(config, len(train)))))
+            plan.append(Training(recipe, config, runtime.on_rank0(partial(part_done, config, len(train)))))
     return plan
 
 
@@ -147,7 +148,7 @@ def minutes_left(missing: Sequence[Training], seconds: Sequence[float]) -> str:
 
 
 def load_sides(trainings: Sequence[Training], recipes: dict[str, Config], runtime: Runtime) -> list[Side]:
-    """The baseline and the changes with two trainings or more that came to an end, which others are said not to have."""
+    """The baseline, and the changes of which two trainings or more came to an end; says what failed."""
     sides, most = [], recipes[BASELINE].trainings
     for name in recipes:
         paths = [selection.run_path(str(training.config.name)) for training in trainings if training.recipe == name]
@@ -182,7 +183,7 @@ def compare(sides: Sequence[Side], config: Config, runtime: Runtime, train: Labe
 
 
 def fairness(a: Side, b: Side) -> list[str]:
-    """Whether equal minutes were equal work: the images that each side saw, and trainings that a busy machine slowed."""
+    """Whether equal minutes were equal work: the images that each side saw, and trainings on a busy machine."""
     if any(model.settings["train"]["minutes"] is None for side in (a, b) for model in side.models):
         return []
     seen_a, seen_b = (fmean(model.images_seen for model in side.models) for side in (a, b))

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from config import UserError
-from support.files import write_atomically
+from support.files import file_exists, write_atomically
 
 FORMAT_VERSION = 2
 KEYS = {"config": (dict,), "model": (dict, type(None)), "ema": (dict,), "optimizer": (dict, type(None)), "step": (int,),
@@ -140,13 +140,16 @@ def _load(path: Path) -> dict[str, Any]:
 
 def read_tensors(path: Path, advice: str) -> tuple[dict[str, Tensor], dict[str, str]]:
     """All tensors of a safetensors file, by name, and its metadata; raises UserError, which ends with the advice."""
-    if not os.path.isfile(path):
+    if not file_exists(path):
         raise UserError(f"{path}: there is no such file; {advice}")
     try:
         data = path.read_bytes()  # at once, since a run may replace the file; safe_open opens it twice
+    except OSError as error:
+        raise UserError(f"{path}: can't be read ({error.strerror}): make it readable, or {advice}") from None
+    try:
         header = json.loads(data[8:8 + int.from_bytes(data[:8], "little")])  # which the library has no call for
         return safetensors.torch.load(data), header.get("__metadata__", {})
-    except (OSError, ValueError, RuntimeError, AttributeError, RecursionError, safetensors.SafetensorError) as error:
+    except (ValueError, RuntimeError, AttributeError, RecursionError, safetensors.SafetensorError) as error:
         raise UserError(f"{path}: damaged, or not a safetensors file ({str(error)!r:.120}); {advice}") from None
 
 

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import os
 import platform
+import stat
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -63,11 +64,36 @@ def write_results(folder: Path, writers: Mapping[str, Callable[[Path], None]]) -
 
 
 def make_folder(path: Path) -> Path:
+    """Makes a folder and those above it; raises UserError, which names the one that is in the way."""
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"{path}: can't be made ({error.strerror}); choose another --name, or remove it") from None
+        obstacle = next((part for part in (*reversed(path.parents), path) if not os.path.isdir(part)), path)
+        advice = f"make {obstacle.absolute().parent} writable, or run this in a folder that is"
+        if os.path.lexists(obstacle):
+            advice = dead_link(obstacle) or f"{obstacle} is a file: move it away"
+        elif error.errno == errno.ENAMETOOLONG:
+            advice = "choose another --name"
+        raise UserError(f"{path}: can't be made ({error.strerror}): {advice}") from None
     return path
+
+
+def dead_link(path: Path) -> str | None:
+    """What to do about a link that leads nowhere, as where a disk is not mounted; None for anything else."""
+    if not path.is_symlink() or path.exists():
+        return None
+    return f"{path} is a link to {os.readlink(path)}, which is not there: mount or make that, or remove the link"
+
+
+def file_exists(path: Path) -> bool:
+    """Whether there is such a file; raises UserError where that can't be seen, as without permission."""
+    try:
+        return stat.S_ISREG(os.stat(path).st_mode)
+    except (OSError, ValueError) as error:  # also a name that is no file's
+        if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE):
+            raise UserError(f"{path}: can't be read ({error.strerror}): make its folder readable, or check the disk"
+                            ) from None
+        return False
 
 
 def set_aside(paths: list[Path], folder: Path) -> Path:

@@ -16,7 +16,7 @@ import zlib
 from collections.abc import Mapping
 from http.client import HTTPException
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -57,7 +57,7 @@ class Source(NamedTuple):
 
 def is_complete(folder: Path, digests: Mapping[str, str]) -> bool:
     """Whether all four files are in the folder, whatever they hold."""
-    return all(_find(folder, name, digests) for name in NAMES)
+    return all(_files(folder, name, digests) for name in NAMES)
 
 
 def read_split(folder: Path, split: str, digests: Mapping[str, str], classes: int,
@@ -73,17 +73,27 @@ def read_split(folder: Path, split: str, digests: Mapping[str, str], classes: in
     return images, labels
 
 
-def _find(folder: Path, name: str, digests: Mapping[str, str]) -> Path | None:
-    names = (f"{name}.gz",) if f"{name}.gz" in digests else (name, f"{name}.gz")
-    return next((folder / name for name in names if os.path.isfile(folder / name)), None)
+def _files(folder: Path, name: str, digests: Mapping[str, str]) -> list[Path]:
+    """Where that file is, packed or not, under MNIST's name or Kaggle's; the newest first if no MD5 is known."""
+    names = [f"{name}.gz"]
+    if f"{name}.gz" not in digests:
+        names = [f"{base}{end}" for end in ("", ".gz") for base in (name, name.replace("-idx", ".idx"))]
+    paths = [path for path in (folder / name for name in names) if os.path.isfile(path)]
+    return paths if digests else sorted(paths, key=os.path.getmtime, reverse=True)
+
+
+def _open(path: Path) -> BinaryIO:
+    return cast(BinaryIO, gzip.open(path) if path.suffix == ".gz" else open(path, "rb"))
 
 
 def _read_idx(folder: Path, name: str, digests: Mapping[str, str], advice: str) -> NDArray[np.uint8]:
     """One IDX file: images uint8 [N, 28, 28] or labels uint8 [N]."""
-    path = _find(folder, name, digests)
-    if path is None:
+    paths = _files(folder, name, digests)
+    if not paths:
         raise UserError(f"{folder / name}: there is no such file that can be read; put {', '.join(digests or NAMES)} "
                         "into that folder, or choose another --data-dir")
+
+    path = paths[0]
 
     def bad(problem: str) -> UserError:
         return UserError(f"{path}: {problem}; {advice}")
@@ -91,7 +101,7 @@ def _read_idx(folder: Path, name: str, digests: Mapping[str, str], advice: str) 
     # What a file holds, the number that it starts with, and the shape of one item.
     kind, expected, item = ("images", 0x803, [SIZE, SIZE]) if "images" in name else ("labels", 0x801, [])
     try:
-        with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
+        with _open(path) as file:
             header = file.read(8 + 4 * len(item))
             magic, count, *shape = struct.unpack(f">{2 + len(item)}I", header)
             if magic != expected:
@@ -112,6 +122,10 @@ def _read_idx(folder: Path, name: str, digests: Mapping[str, str], advice: str) 
     if digest != digests.get(path.name if packed else name, digest):
         other = next((known for known, value in digests.items() if value == digest), "no file of this set")
         raise bad(f"wrong content: that of {other} (MD5 {digest})")
+    for older in paths[1:] if not digests else []:
+        with contextlib.suppress(OSError, EOFError, zlib.error), _open(older) as file:
+            if file.read(len(header) + size + 1) != header + body:
+                print(f"note: {path} is read; {older.name}, which is no newer, holds something else", flush=True)
     return np.frombuffer(body, np.uint8).reshape((count, *shape)).copy()
 
 
@@ -132,7 +146,7 @@ def download(source: Source, folder: Path) -> None:
                 _read_idx(arrived, name, source.digests, "try again, or put the four files there")
             folder.mkdir(parents=True, exist_ok=True)
             for name in source.digests:
-                if _find(folder, name.removesuffix(".gz"), source.digests) is None:
+                if not _files(folder, name.removesuffix(".gz"), source.digests):
                     os.replace(arrived / name, folder / name)
     except (ImportError, OSError, HTTPException, RuntimeError) as error:  # no torchvision, network, room or permission
         reason = " ".join(str(error).split()) or type(error).__name__

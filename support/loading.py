@@ -12,6 +12,7 @@ from support import idx
 from support.runtime import Runtime
 
 GENERATED = ROOT / "dataset" / "generated"  # digits sampled by benchmarks/ship.py
+DARK = 128  # images none of whose pixels is this bright were hardly meant to be
 NOTICE = """
 NOT MNIST: these are the generated digits that ship with the project, sampled from its own model. The run is named
 "generated" unless you named it. For the real data set, put MNIST's four files into its folder, or run again online.
@@ -49,4 +50,7 @@ def load_split(config: Config, split: str) -> LabelledImages:
 def load_both(config: Config, runtime: Runtime) -> tuple[LabelledImages, LabelledImages]:
     """Training and test images, on the device of every process; the first one reads or downloads them."""
     train, test = runtime.on_rank0(lambda: [load_split(config, split) for split in idx.FILES])
+    if (brightest := train.images.max().item()) < DARK:
+        runtime.say(f"note: the brightest pixel of the training images is {brightest}, not 255, so they look black: "
+                    "scale them to 0 to 255 before they become bytes, and write the files again")
     return train.to(runtime.device), test.to(runtime.device)

@@ -199,16 +199,15 @@ def save_comparison(path: Path, pairs: tuple[ArrayLike, ArrayLike], names: tuple
         for axes, part, heading, unit in zip(figure.subplots(1, 2), parts, (
                 "Distances to the real images (class-wise decides)", "All else (best where the baseline is)"), (
                 "change from a to b (%); left of 0, b is closer", "change from a to b (percentage points)")):
-            _draw_intervals(axes, [(name, *interval) for name, _, *interval in part])
+            _draw_intervals(axes, [(name, change, low, high) for name, _, change, low, high in part])
             axes.set(title=heading, xlabel=unit)
 
 
 def save_intervals(path: Path, rows: Sequence[tuple[str, float, float, float]], metadata: Mapping[str, str]) -> None:
-    """PNG of how several changes move the class-wise distance: rows (name, change, low, high), relative to the baseline.
-    """
+    """PNG of how several changes move the class-wise distance: rows (name, change, low, high), relative ones."""
     with open_figure(path, 1200, 260 + 55 * len(rows), metadata) as figure:
         axes = figure.subplots()
-        _draw_intervals(axes, [(textwrap.fill(name, 30), *interval) for name, *interval in rows])
+        _draw_intervals(axes, [(textwrap.fill(name, 30), change, low, high) for name, change, low, high in rows])
         axes.set(title="Which change brings the samples closer to real images?",
                  xlabel="change of the class-wise distance (%); left of 0 is closer")
         figure.supxlabel(COLOURS, x=0.01, ha="left", fontsize="medium")

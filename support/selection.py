@@ -8,7 +8,7 @@ from config import ROOT, Config, UserError
 from dataset import SOURCES
 from support import checkpoint, idx
 from support.checkpoint import LAST, PREVIOUS
-from support.files import set_aside
+from support.files import dead_link, file_exists, set_aside
 from support.loading import NOTICE, data_folder
 from support.runtime import Runtime
 from support.settings import RESERVED
@@ -28,13 +28,15 @@ def settle(config: Config, runtime: Runtime) -> Config:
     if config.mode in ("sample", "evaluate"):
         path = find(config)
         if path == PRETRAINED and config.sample.checkpoint is None:
-            runtime.say("There is no run of your own yet (checkpoints/mnist/), so this uses the weights that ship with "
-                        "the project." + list_runs())
+            missing, hint = "There is no run of your own yet", ""
+            if run_names():
+                missing, hint = "There is no run named mnist", f"{list_runs()} Choose one with --name."
+            runtime.say(f"{missing}, so this uses the weights that ship with the project.{hint}")
         config = replace(config, sample=replace(config.sample, checkpoint=path))
     elif config.mode == "train" and config.name is not None and not config.train.fresh:
         path = run_path(config.name)
     if config.dataset == "auto" and config.mode != "sample":
-        known = runtime.on_rank0(lambda: data_name(path, config)) if path is not None and os.path.isfile(path) else None
+        known = runtime.on_rank0(lambda: data_name(path, config) if path and file_exists(path) else None)
         config = replace(config, dataset=known or runtime.on_rank0(lambda: _mnist_or_generated(config)))
     if config.dataset == "idx" and config.data_dir is None and config.mode != "sample":
         raise UserError("--dataset idx: say with --data-dir in which folder its four IDX files are")
@@ -72,14 +74,28 @@ def run_path(name: str) -> Path:
 
 
 def run_exists(name: str) -> bool:
-    """Whether a run has a checkpoint, be it only the previous one, to which the error of `checkpoint.load` points."""
-    return any(os.path.isfile(RUNS / name / file) for file in (LAST, PREVIOUS))
+    """Whether a run has a checkpoint, be it only the previous one, to which the error of `checkpoint.load` points.
+
+    Raises UserError where that can't be seen: an unreadable folder is not an empty one.
+    """
+    return any(file_exists(RUNS / name / file) for file in (LAST, PREVIOUS))
+
+
+def run_names() -> list[str]:
+    """The user's runs; raises UserError if they can't be listed."""
+    try:
+        return sorted(name for name in os.listdir(RUNS) if os.path.isfile(run_path(name)))
+    except FileNotFoundError:
+        if advice := dead_link(RUNS):
+            raise UserError(advice) from None
+        return []
+    except OSError as error:
+        raise UserError(f"{RUNS}: can't be listed ({error.strerror}): make it a readable folder") from None
 
 
 def list_runs() -> str:
     """A sentence that lists the user's runs."""
-    names = sorted(path.parent.name for path in RUNS.glob(f"*/{LAST}"))
-    return f" Runs in {RUNS}/: {', '.join(names) or 'none'}."
+    return f" Runs in {RUNS}/: {', '.join(run_names()) or 'none'}."
 
 
 def find(config: Config) -> Path:
@@ -104,7 +120,7 @@ def resolve(text: str, flag: str) -> Path:
         return PRETRAINED
     path = Path(os.path.expanduser(text))
     for candidate in (path, path / LAST, run_path(text)):
-        if os.path.isfile(candidate):
+        if file_exists(candidate):
             return candidate
     raise UserError(f"{flag} {text:.200}: there is no such checkpoint, nor a run of that name.{list_runs()} Name one "
                     "of these, a file, or pretrained for the weights that ship")

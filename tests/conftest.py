@@ -1,6 +1,8 @@
 """Shared fixtures: a small IDX set of drawn shapes, and a folder of one's own to run in."""
 
+import os
 import struct
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +11,7 @@ import torch
 from torch import Tensor
 
 from evaluation.metrics import frechet_from_moments
+from support import loading
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ["--channels", "8", "8", "16", "--blocks", "1", "1", "1", "--embedding", "16", "--groups", "4"]
@@ -44,6 +47,15 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
     return frechet_from_moments(mean_a, cov_a, mean_b, cov_b).item()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def new_clone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Neither data nor runs of whoever runs the tests are found: not beside the code, not in the current folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loading, "ROOT", tmp_path_factory.mktemp("clone"))
+        patch.chdir(tmp_path_factory.mktemp("current"))
+        yield
+
+
 @pytest.fixture(scope="session")
 def idx_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_set(tmp_path_factory.mktemp("idx"))
@@ -54,3 +66,16 @@ def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty current folder, so that checkpoints/ and results/ are the test's own."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+@pytest.fixture
+def no_root(own_folder: Path) -> Iterator[None]:
+    """Within the test, permissions hold for root too, in the current folder by relative paths."""
+    if os.name == "nt":
+        pytest.skip("permissions are not those of POSIX")
+    if (root := os.geteuid() == 0):
+        os.chown(own_folder, 65534, -1)
+        os.seteuid(65534)
+    yield
+    if root:
+        os.seteuid(0)

@@ -370,7 +370,7 @@ def test_sampling_needs_only_the_network_and_the_prediction(change, own_folder: 
     assert changed.digest == whole.digest and changed.schedule.prediction == whole.schedule.prediction
     for model in (changed, whole):
         request = make_request(model, SampleConfig(), 0, 1)
-        assert request.guidance == 2.1 and request.labels.shape == (1,)
+        assert request.guidance == Config().sample.guidance and request.labels.shape == (1,)
 
 
 def test_sampling_after_a_knob_was_deleted_from_the_code(own_folder: Path, monkeypatch) -> None:
@@ -426,7 +426,7 @@ def test_differences_are_those_that_matter() -> None:
 
     assert differences(["--minutes", "3", "--fresh", "--name", "x", "--steps", "3"]) == []
     assert differences(["--lr", "0.1", "--blocks", "1", "1", "2"]) == [
-        ("blocks", "1 2 2", "1 1 2"), ("lr", "0.002", "0.1")]
+        ("blocks", "1 2 2", "1 1 2"), ("lr", str(Config().train.lr), "0.1")]
 
 
 # Which checkpoint and which data

@@ -159,6 +159,39 @@ def test_gzip_that_is_damaged_or_a_bomb(folder: Path) -> None:
             load_idx(folder, "train")
 
 
+@pytest.mark.parametrize("end", ["", ".gz"])
+def test_the_names_that_kaggle_and_7_zip_give_are_accepted(end: str, tmp_path: Path) -> None:
+    for name, data in idx_files().items():
+        path = tmp_path / f"{name.replace('-idx', '.idx')}{end}"
+        path.write_bytes(gzip.compress(data) if end else data)
+    assert len(load_idx(tmp_path, "train")) == 12 and len(load_idx(tmp_path, "test")) == 7
+
+
+@pytest.mark.parametrize("newer, count", [(IMAGES, 12), (f"{IMAGES}.gz", 9)])
+def test_of_two_files_the_newer_is_read_and_named(newer: str, count: int, folder: Path, capsys) -> None:
+    """Where they differ; packed beside unpacked, as after a set was made again."""
+    (folder / f"{IMAGES}.gz").write_bytes(gzip.compress(idx_files(9)[IMAGES]))
+    (folder / f"{LABELS}.gz").write_bytes(gzip.compress((folder / LABELS).read_bytes()))
+    for name, seconds in ((IMAGES, 1000), (f"{IMAGES}.gz", 1000), (newer, 2000)):
+        os.utime(folder / name, (seconds, seconds))
+    images = idx._read_idx(folder, IMAGES, {}, "")
+    assert len(images) == count and len(idx._read_idx(folder, LABELS, {}, "")) == 12
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith(f"note: {folder / newer} is read; {IMAGES}") and "is no newer" in line
+
+
+@pytest.mark.parametrize("brightest, noted", [(0, True), (1, True), (16, True), (200, False)])
+def test_images_that_are_nearly_black_are_named(brightest: int, noted: bool, folder: Path, capsys) -> None:
+    """As after a cast of [0, 1] to uint8."""
+    for name in (IMAGES, "t10k-images-idx3-ubyte"):
+        data = (folder / name).read_bytes()
+        (folder / name).write_bytes(data[:16] + bytes(byte * brightest // 250 for byte in data[16:]))
+    loading.load_both(Config(dataset="idx", data_dir=folder), CPU)
+    output = capsys.readouterr().out
+    assert output.count("\n") == noted and (f"brightest pixel of the training images is {brightest}, not 255" in output
+                                            ) == noted
+
+
 def test_missing_idx_file(folder: Path) -> None:
     (folder / LABELS).unlink()
     (folder / LABELS).mkdir()  # a folder is not a file
@@ -270,11 +303,10 @@ def test_download_into_an_impossible_place(tmp_path: Path, torchvision_mnist) ->
         load_mnist(tmp_path / "file", "train")
 
 
-@pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="root may write everywhere")
-def test_download_into_a_folder_without_permission(tmp_path: Path, torchvision_mnist) -> None:
-    (tmp_path / "closed").mkdir(mode=0o500)
+def test_download_into_a_folder_without_permission(torchvision_mnist, no_root: None) -> None:
+    Path("closed").mkdir(mode=0o500)
     with pytest.raises(UserError, match="can't be downloaded .*Permission denied"):
-        load_mnist(tmp_path / "closed", "train")
+        load_mnist(Path("closed"), "train")
 
 
 # --data-dir
@@ -289,7 +321,8 @@ def unreachable(torchvision_mnist, own_folder: Path, monkeypatch: pytest.MonkeyP
     return own_folder
 
 
-@pytest.mark.parametrize("flags", [["--name", "x", "--minutes", "0.01"], ["--dataset", "mnist"], ["--mode", "evaluate"],
+@pytest.mark.parametrize("flags", [["--mode", "train", "--name", "x", "--minutes", "0.01"],
+                                   ["--mode", "train", "--dataset", "mnist"], ["--mode", "evaluate"],
                                    ["--mode", "compare", "--runs", "pretrained", "pretrained --guidance 1"]])
 def test_a_mistyped_folder_is_an_error_and_stays_away(flags: list[str], unreachable: Path, capsys) -> None:
     (unreachable / "there").mkdir()
@@ -306,7 +339,7 @@ def test_a_download_that_is_interrupted_leaves_no_folder(unreachable: Path, torc
         raise KeyboardInterrupt
 
     monkeypatch.setattr(torchvision_mnist[0], "__init__", interrupted)
-    assert main(["--device", "cpu"]) == 130 and list(unreachable.iterdir()) == []
+    assert main(["--mode", "train", "--device", "cpu"]) == 130 and list(unreachable.iterdir()) == []
 
 
 @pytest.mark.parametrize("layout", ["mnist/MNIST/raw", "MNIST/raw"])
@@ -317,7 +350,7 @@ def test_both_layouts_are_found_in_a_folder_under_the_home_folder(layout: str, m
     raw.mkdir(parents=True)
     for name, data in idx_files().items():
         (raw / name).write_bytes(data)
-    config = selection.settle(Config(data_dir=Path("~/data")), CPU)
+    config = selection.settle(Config(mode="train", data_dir=Path("~/data")), CPU)
     assert config.dataset == "mnist" and len(loading.load_split(config, "test")) == 7
     assert [path.name for path in unreachable.iterdir()] == ["home"]  # none called "~"
 
@@ -326,7 +359,7 @@ def test_both_layouts_are_found_in_a_folder_under_the_home_folder(layout: str, m
                                         ("a" * 300, "can't be downloaded")])
 @pytest.mark.parametrize("data", ["auto", "idx", "kmnist"])
 def test_an_impossible_folder_is_one_line(data: str, name: str, said: str, unreachable: Path, capsys) -> None:
-    assert main(["--dataset", data, "--data-dir", name, "--name", "x", "--device", "cpu"]) == 2
+    assert main(["--mode", "train", "--dataset", data, "--data-dir", name, "--name", "x", "--device", "cpu"]) == 2
     line = capsys.readouterr().err
     assert line.count("\n") == 1 and (said in line or "there is no such file" in line)
 

@@ -244,7 +244,7 @@ def test_odd_data_train_and_are_sampled_and_measured_or_told_why_not(counts: lis
     write_images(Path("odd"), images[chosen], images[chosen])
     common = ["--dataset", "idx", "--data-dir", "odd", "--device", "cpu", "--steps", "2"]
     assert main([*common, *TINY, "--timesteps", "6", "--epochs", "1", "--preview", "4", "--num-images", "150"]) == 0
-    labels = np.load("results/idx/samples.npz")["arr_1"]
+    labels = np.load("results/idx/samples.npz")["labels"]
     assert np.bincount(labels).tolist() == [150 // len(counts)] * len(counts)  # each class equally often
     capsys.readouterr()
     assert main([*common, "--mode", "evaluate", "--num-images", "200"]) == 2

@@ -23,7 +23,8 @@ from tests.conftest import TINY
 
 CPU = Runtime(torch.device("cpu"), bf16=False, compile=False)
 QUICK = ["--steps", "2", "--device", "cpu"]
-RUN = [*TINY, *QUICK, "--minutes", "0.01", "--preview", "0", "--num-images", "4", "--timesteps", "10"]
+RUN = ["--mode", "train", *TINY, *QUICK, "--minutes", "0.01", "--preview", "0", "--num-images", "4",
+       "--timesteps", "10"]
 
 
 def no_download(source: idx.Source, folder: Path) -> None:
@@ -84,14 +85,14 @@ def test_auto_prefers_mnist_that_is_there(own_folder: Path) -> None:
     raw.mkdir(parents=True)
     for name in idx.MNIST_MD5:
         (raw / name).write_bytes(b"")
-    settled = selection.settle(settings.parse([]), CPU)
+    settled = selection.settle(settings.parse(["--mode", "train"]), CPU)
     assert settled.dataset == "mnist" and settled.name == "mnist"
     with pytest.raises(UserError, match="damaged"):  # damaged is not absent: no silent fall back
         loading.load_split(settled, "train")
 
 
 def test_insisting_on_mnist_is_an_error_without_it(offline: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--dataset", "mnist"]) == 2
+    assert main(["--mode", "train", "--dataset", "mnist"]) == 2
     assert "can't be downloaded" in capsys.readouterr().err
 
 
@@ -145,9 +146,10 @@ def test_a_folder_that_was_asked_for_is_never_passed_over(mode: str, own_run: Pa
 
 def test_a_damaged_run_can_be_started_over(own_run: Path) -> None:
     selection.run_path("generated").write_bytes(b"junk")
+    command = ["--mode", "train", "--name", "generated"]
     with pytest.raises(UserError, match="damaged"):
-        selection.settle(settings.parse(["--name", "generated"]), CPU)
-    assert selection.settle(settings.parse(["--name", "generated", "--fresh"]), CPU).dataset == "generated"
+        selection.settle(settings.parse(command), CPU)
+    assert selection.settle(settings.parse([*command, "--fresh"]), CPU).dataset == "generated"
 
 
 def test_an_offline_run_is_never_continued_with_other_data(own_run: Path, idx_folder: Path,
@@ -164,8 +166,8 @@ def test_the_shipped_weights_sample_the_digits_asked_for(own_folder: Path) -> No
     assert main(["--mode", "sample", "--checkpoint", str(path), "--num-images", "50", "--digits", "0123456789",
                  "--device", "cpu"]) == 0
     sampled = np.load("results/shipped/samples.npz")
-    images = torch.from_numpy(sampled["arr_0"]).permute(0, 3, 1, 2)
+    images = torch.from_numpy(sampled["images"])[:, None]
     _, probabilities = extract(load_classifier(), images)
     likeliest = probabilities.max(1)
-    assert (likeliest.indices == torch.from_numpy(sampled["arr_1"])).double().mean() >= 0.94
+    assert (likeliest.indices == torch.from_numpy(sampled["labels"])).double().mean() >= 0.94
     assert (likeliest.values > CONFIDENT).double().mean() >= 0.88

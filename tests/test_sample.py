@@ -264,10 +264,10 @@ def guided_timesteps(model, request):
     return [t for t, times in seen if times == 2], sum(times for _, times in seen)
 
 
-def test_by_default_two_of_thirteen_steps_are_guided(network):
+def test_two_of_thirteen_steps_are_guided(network):
     """Those in 450 < t <= 600 of the default schedule, as in all published pictures."""
     model = model_of(network, make_schedule(DiffusionConfig()))
-    request = make_request(model, SampleConfig(), 0, 3)
+    request = make_request(model, SampleConfig(steps=13, guidance=2.1, guidance_interval=(0.34, 0.57)), 0, 3)
     guided, calls = guided_timesteps(model, request)
     assert guided == [t for t in request.timesteps if 450 < t <= 600] == [544, 456]
     assert calls == request.evaluations == 15
@@ -318,8 +318,9 @@ def test_guidance_needs_images_with_and_without_labels(network, dropout, digits,
     model = model_of(network, make_schedule(DiffusionConfig()), dropout)
     request = make_request(model, SampleConfig(digits=digits), 0, 2)
     twice, calls = guided_timesteps(model, request)
-    assert len(twice) == guided and calls == request.evaluations == 13 + guided
-    assert request.note.startswith("Guidance 2.1 acts in" if guided else "No guidance: it compares images with and")
+    assert len(twice) == guided and calls == request.evaluations == SampleConfig.steps + guided
+    assert request.note.startswith(f"Guidance {SampleConfig.guidance:g} acts in" if guided else
+                                   "No guidance: it compares images with and")
     if not guided:
         with pytest.raises(UserError, match="--guidance 3: this network can't be guided"):
             make_request(model, SampleConfig(digits=digits, guidance=3.0), 0, 2)
@@ -369,7 +370,7 @@ def written(folder, *flags):
     assert run.main(["--mode", "sample", *flags]) == 0
     (path,) = folder.glob("results/*/samples.npz")
     with np.load(path) as arrays:
-        return arrays["arr_0"][..., 0], arrays["arr_1"]
+        return arrays["images"], arrays["labels"]
 
 
 def test_the_shipped_weights_give_a_script_what_they_give_the_command(own_folder, capfd):

@@ -27,7 +27,8 @@ CPU = Runtime(torch.device("cpu"), bf16=False, compile=False)
 
 
 def tiny_state(*flags: str, runtime: Runtime = CPU) -> TrainingState:
-    config = settings.parse(["--dataset", "generated", "--batch-size", "8", "--precision", "fp32", *TINY, *flags])
+    config = settings.parse(["--mode", "train", "--dataset", "generated", "--batch-size", "8", "--precision",
+                             "fp32", *TINY, *flags])
     images = (loading.load_split(config, split) for split in ("train", "test"))
     return new_state(replace(config, name="tiny"), runtime, *images)
 
@@ -125,7 +126,7 @@ def test_the_loss_of_one_of_several_processes_is_one_graph(monkeypatch: pytest.M
 
 def test_an_optimizer_that_nobody_wrote_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """A name that is added to the choices in config.py alone."""
-    config = settings.parse(["--dataset", "generated", *TINY])
+    config = settings.parse(["--mode", "train", "--dataset", "generated", *TINY])
     config = replace(config, train=replace(config.train, optimizer="lion"))
     with pytest.raises(Exception, match="--optimizer lion: .* has no such optimizer"):
         Learner(config, loading.load_split(config, "test"), CPU)
