@@ -53,7 +53,7 @@ def test_a_comparison_end_to_end(two: list[str], capsys: Capture, monkeypatch: p
                  "all else is best where the baseline is", "*: the interval excludes 0"):
         assert said in output, said
     assert "they did not see as many images" not in output
-    assert output.count("WARNING: these images do not look like generated (static)") == 2  # as mode sample says
+    assert output.count("note: the images are still static") == 2  # as mode sample says
     folder, = Path("results/compare").iterdir()
     assert folder.name.startswith("one-vs-two-")
     found = json.loads((folder / "compare.json").read_text())

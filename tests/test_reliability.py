@@ -307,7 +307,7 @@ print("EDITED", run.main([*flags, "--fresh"]))
                              env={**os.environ, "PYTHONPATH": str(copy), "OMP_NUM_THREADS": "1"})
     notes = [line for line in process.stdout.splitlines() if "imported" in line]
     assert process.stdout.endswith("EDITED 0\n") and notes == [
-        "note: training/optimizer.py, config.py changed since Python imported it, and this run goes by what was "
+        "note: training/optimizer.py, config.py changed since Python imported it, and training goes by what was "
         "imported. To use the change, restart the notebook's kernel or the program."]
 
 

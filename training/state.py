@@ -116,7 +116,7 @@ def resume(state: TrainingState, precision: str) -> TrainConfig:
 
 
 def save(state: TrainingState) -> None:
-    """Writes the checkpoint, for one process to do; raises Diverged if a weight is not finite, or as `checkpoint.save`."""
+    """Writes the checkpoint, for one process to do; raises Diverged, or WriteError if it can't be written."""
     learner = state.learner
     if not all(torch.isfinite(weight).all() for weight in learner.network.parameters()):
         raise Diverged(f"a weight is not finite after step {state.step}, so it is not saved, and {state.path} is "
