@@ -201,8 +201,8 @@ def conclusion(sides: Sequence[Side], differences: Sequence[Difference], baselin
                     "b is significantly further from the training images")
     lines = [f"Class-wise distance, which decides: {deciding.show(deciding.change)} ({deciding.show(deciding.low)} to "
              f"{deciding.show(deciding.high)}): {significance}.",
-             f"A true difference of {deciding.detectable:.0%} would be found four times in five, a smaller one more "
-             "rarely."]
+             f"A true difference of {deciding.show(deciding.detectable)[1:]} would be found four times in five, a "
+             "smaller one more rarely."]
     if deciding.spread is not None and deciding.sampling_share is not None:
         means = ("images (--num-images) narrow the interval more than more trainings"
                  if deciding.sampling_share > 0.5 else "trainings narrow the interval more than more images")
