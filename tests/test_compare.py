@@ -281,7 +281,7 @@ def test_the_picture_shows_the_pairs_that_differ_most(two: list[str], monkeypatc
     images = torch.zeros(2, 50, 1, 28, 28, dtype=torch.uint8)
     images[1, 20:] = torch.arange(30, dtype=torch.uint8)[:, None, None, None]
     measured = [[row(class_frechet=0.2)], [row(class_frechet=0.3)]]
-    written = compare.report(sides, measured, BASELINE, [*images])
+    _, written = compare.report(sides, measured, BASELINE, [*images])
     assert [path.name for path in written] == ["compare.json", "compare.png"]
     assert np.asarray(seen["pairs"][1])[:, 0, 0, 0].tolist() == [*range(29, 17, -1)]
     assert seen["names"] == ("one", "two") and seen["intervals"][0][:2] == ("class-wise Fréchet", True)
