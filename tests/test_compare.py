@@ -56,7 +56,7 @@ def test_a_comparison_end_to_end(two: list[str], monkeypatch: pytest.MonkeyPatch
                  "class-wise (decides)", "about these two networks", "all else is best where the baseline is"):
         assert said in output, said
     assert "they did not see as many images" not in output
-    assert output.count("note: the images are still static: the network has seen 64") == 2  # as mode sample says
+    assert output.count("note: the images are still static: the network has seen 6,400,") == 2  # as mode sample says
     assert bars == ["sampling a: one", "sampling b: two"]
     assert output.index("Measuring the real images") < output.index("note: the images")
     folder, = Path("results/compare").iterdir()

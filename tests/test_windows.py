@@ -14,10 +14,10 @@ RUN = ["--dataset", "generated", "--minutes", "0.01", "--preview", "10", "--devi
 # Packages choose their own ways for each system, so they are imported first.
 PREAMBLE = """
 import getpass, os, platform, signal, sys
-import filelock, matplotlib.figure, matplotlib.backends.backend_agg, PIL.Image, safetensors.torch, torch, tqdm.auto, tyro
-import torch.distributed, torch.optim.swa_utils, torchvision
-for name in ("uname", "O_DIRECTORY", "O_NOFOLLOW", "getuid", "geteuid", "getgid", "getpgid", "setsid", "fork", "forkpty",
-             "mkfifo", "chown", "killpg", "sched_getaffinity", "sysconf", "statvfs", "ttyname", "WNOHANG", "nice"):
+import filelock, matplotlib.figure, matplotlib.backends.backend_agg, PIL.Image, safetensors.torch, tqdm.auto, tyro
+import torch, torch.distributed, torch.optim.swa_utils, torchvision
+for name in ("uname", "O_DIRECTORY", "O_NOFOLLOW", "getuid", "geteuid", "getgid", "getpgid", "setsid", "fork",
+             "forkpty", "mkfifo", "chown", "killpg", "sched_getaffinity", "sysconf", "statvfs", "ttyname", "WNOHANG", "nice"):
     delattr(os, name)
 for name in ("SIGHUP", "SIGUSR1", "SIGUSR2", "SIGKILL", "SIGQUIT", "SIGALRM", "SIGCHLD", "SIGPIPE", "pthread_sigmask"):
     delattr(signal, name)
