@@ -17,7 +17,7 @@ import getpass, os, platform, signal, sys
 import filelock, matplotlib.figure, matplotlib.backends.backend_agg, PIL.Image, safetensors.torch, tqdm.auto, tyro
 import torch, torch.distributed, torch.optim.swa_utils, torchvision
 for name in ("uname", "O_DIRECTORY", "O_NOFOLLOW", "getuid", "geteuid", "getgid", "getpgid", "setsid", "fork",
-             "forkpty", "mkfifo", "chown", "killpg", "sched_getaffinity", "sysconf", "statvfs", "ttyname", "WNOHANG", "nice"):
+             "forkpty", "mkfifo", "chown", "killpg", "sched_getaffinity", "sysconf", "statvfs", "ttyname", "WNOHANG"):
     delattr(os, name)
 for name in ("SIGHUP", "SIGUSR1", "SIGUSR2", "SIGKILL", "SIGQUIT", "SIGALRM", "SIGCHLD", "SIGPIPE", "pthread_sigmask"):
     delattr(signal, name)
