@@ -41,7 +41,7 @@ class Trajectory(NamedTuple):
     states: Any  # uint8 [K+1, N, 28, 28]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class LoadedModel:
     """A trained network that can be sampled from, and where it came from."""
 
@@ -53,6 +53,11 @@ class LoadedModel:
     digest: str = ""  # of its weights
     step: int = 0
     path: Path = Path()
+
+    def __repr__(self) -> str:
+        trained_on = self.data.get("name", "unknown images")
+        return (f"LoadedModel({str(self.path)!r}, trained on {trained_on}, step {self.step:,}, weights {self.digest}, "
+                f"on {self.runtime.name()})")
 
     @property
     def data(self) -> dict[str, Any]:

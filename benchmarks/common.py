@@ -108,11 +108,11 @@ class Trainee:
 
 def count(network: nn.Module) -> tuple[int, float]:
     """Parameters, and 10^9 operations of one forward of one image, a multiply-add counted as two."""
-    home = next(network.parameters()).device
-    one = torch.ones(1, dtype=torch.long, device=home)
+    device = next(network.parameters()).device
+    t = label = torch.ones(1, dtype=torch.long, device=device)
     # Attention as plain matrix products, since not every fused kernel is counted.
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        network.eval()(torch.zeros(1, 1, 28, 28, device=home), one, one)
+        network.eval()(torch.zeros(1, 1, 28, 28, device=device), t, label)
     return sum(p.numel() for p in network.train().parameters()), counter.get_total_flops() / 1e9
 
 

@@ -25,12 +25,12 @@ from common import Operations, Parser, Trainee, config_of, machine, run_script, 
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.benchmark import Timer
 
-import training.step
 from config import ROOT, UserError
 from dataset import to_uint8
 from sample import load_checkpoint, make_request, sample_images
 from support import checkpoint, loading, selection
 from support.runtime import Runtime, start
+from training import step as training_step
 
 os.environ.setdefault("TEARDOWN_CUPTI", "0")  # else profiles that follow each other closely may see no kernels
 TINY = ("--channels", "8", "8", "16", "--groups", "4")  # the network of --quick
@@ -88,9 +88,9 @@ def origins(bench: Bench, compile: bool) -> str:
     parts = ((name, part, "step") for name, part in learner.optimizer.parts.items())
     with contextlib.ExitStack() as patched:
         for name, owner, attribute in (
-                ("random numbers", training.step, "random_batch"), ("forward", learner, "compiled_loss"),
+                ("random numbers", training_step, "random_batch"), ("forward", learner, "compiled_loss"),
                 ("backward", torch.Tensor, "backward"), ("clipping", torch.nn.utils, "clip_grad_norm_"), *parts,
-                ("average", training.step, "update_average")):
+                ("average", training_step, "update_average")):
             work = counting(name, getattr(owner, attribute))
             patched.enter_context(mock.patch.object(owner, attribute, work))
         patched.enter_context(mock.patch.object(learner, "graph", None))
@@ -149,14 +149,14 @@ def reproduced(bench: Bench) -> str:
         if process.returncode not in (0, 143):
             raise RuntimeError((output.strip().splitlines() or ["no output"])[-1])
 
-    found = []
+    states = []
     for stops in ((False,), (False,), (True, False)):
         with tempfile.TemporaryDirectory() as folder:
             for stop in stops:
                 run(folder, stop)
-                found.append(checkpoint.load(Path(folder) / "checkpoints/generated" / checkpoint.LAST))
-    *digests, _, resumed = (checkpoint.weights_digest(state["model"]) for state in found)
-    return f"{', '.join(digests)}, and {resumed} after a stop at step {found[2]['step']} of {found[3]['step']}"
+                states.append(checkpoint.load(Path(folder) / "checkpoints/generated" / checkpoint.LAST))
+    *digests, _, resumed = (checkpoint.weights_digest(state["model"]) for state in states)
+    return f"{', '.join(digests)}, and {resumed} after a stop at step {states[2]['step']} of {states[3]['step']}"
 
 
 def main(argv: list[str]) -> None:

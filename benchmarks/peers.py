@@ -38,10 +38,10 @@ from torch import Tensor, nn
 from config import UserError
 from dataset import CLASSES, LabelledImages, to_uint8, to_unit
 from sample import choose_labels
-from support import loading, runtime
+from support import loading
 from support.cuda_graphs import compiled
 from support.precision import autocast
-from support.runtime import Runtime
+from support.runtime import Runtime, start
 
 STEPS, TIMESTEPS = 15, 1000  # network evaluations of an image; noise levels
 BATCH, CHUNK = 64, 250  # images in a training step of all, and in a call of the peers' networks when they sample
@@ -56,17 +56,17 @@ class Contender:
     sample: Callable[[int], tuple[Tensor, Tensor]]
 
 
-def ours(images: LabelledImages, here: Runtime, options: Namespace) -> Contender:
+def ours(images: LabelledImages, runtime: Runtime, options: Namespace) -> Contender:
     config = common.config_of(options, "--batch-size", str(BATCH))
-    trainee = common.Trainee(config, here, images, images)  # as test images, too, whose loss nobody asks for
+    trainee = common.Trainee(config, runtime, images, images)  # as test images, too, whose loss nobody asks for
     return Contender(trainee.state.learner.network, trainee.step, partial(trainee.sample, steps=STEPS, guidance=1.0))
 
 
-def diffusers(images: LabelledImages, here: Runtime, options: Namespace, prediction: str = "epsilon") -> Contender:
+def diffusers(images: LabelledImages, runtime: Runtime, options: Namespace, prediction: str = "epsilon") -> Contender:
     from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, UNet2DModel
     from diffusers.training_utils import EMAModel
 
-    device = here.device
+    device = runtime.device
     network = UNet2DModel(
         sample_size=28, in_channels=1, out_channels=1, layers_per_block=1, block_out_channels=(16, 32, 64),
         norm_num_groups=8, num_class_embeds=10, down_block_types=("DownBlock2D", "DownBlock2D", "AttnDownBlock2D"),
@@ -75,13 +75,13 @@ def diffusers(images: LabelledImages, here: Runtime, options: Namespace, predict
     solver = DPMSolverMultistepScheduler.from_config(noising.config, lambda_min_clipped=-5.1, thresholding=True)
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3, betas=(0.95, 0.999), weight_decay=1e-6, eps=1e-8)
     average = EMAModel(network.parameters(), decay=0.9999, use_ema_warmup=True, inv_gamma=1.0, power=0.75)
-    forward = compiled(lambda x, t, labels: network(x, t, class_labels=labels).sample, here)
+    forward = compiled(lambda x, t, labels: network(x, t, class_labels=labels).sample, runtime)
 
     def step(progress: float) -> None:
         chosen = torch.randint(len(images), (BATCH,), device=device)
         x0, labels = to_unit(images.images[chosen]), images.labels[chosen]
         noise, t = torch.randn_like(x0), torch.randint(TIMESTEPS, (BATCH,), device=device)
-        with autocast(here.device, here.training_precision("auto") == "bf16"):
+        with autocast(runtime.device, runtime.training_precision("auto") == "bf16"):
             answer = forward(noising.add_noise(x0, noise, t), t, labels)
         target = noise if prediction == "epsilon" else noising.get_velocity(x0, noise, t)
         nn.functional.mse_loss(answer.float(), target).backward()
@@ -96,12 +96,12 @@ def diffusers(images: LabelledImages, here: Runtime, options: Namespace, predict
         average.store(network.parameters())
         average.copy_to(network.parameters())
         network.eval()
-        with torch.inference_mode(), autocast(here.device, here.bf16):
-            for asked in labels.split(CHUNK):
+        with torch.inference_mode(), autocast(runtime.device, runtime.bf16):
+            for chunk in labels.split(CHUNK):
                 solver.set_timesteps(STEPS, device=device)
-                x = torch.randn(len(asked), 1, 28, 28, device=device)
+                x = torch.randn(len(chunk), 1, 28, 28, device=device)
                 for t in solver.timesteps:
-                    x = solver.step(network(x, t, class_labels=asked).sample.float(), t, x).prev_sample
+                    x = solver.step(network(x, t, class_labels=chunk).sample.float(), t, x).prev_sample
                 chunks.append(to_uint8(x).cpu())
         average.restore(network.parameters())
         network.train()
@@ -136,14 +136,14 @@ def show(report: dict[str, Any]) -> str:
     return f"{report['machine']}; {settings}\n\n{common.table(headings, rows)}"
 
 
-def compare(options: Namespace, here: Runtime) -> dict[str, Any]:
+def compare(options: Namespace, runtime: Runtime) -> dict[str, Any]:
     """Measures what the report in options.out lacks, saves it there after each measurement, and returns it."""
-    images, test = loading.load_both(common.config_of(options), here)
+    images, test = loading.load_both(common.config_of(options), runtime)
     reference = common.make_reference(images, test, options.images)
     settings = {"steps": STEPS, "minutes": options.minutes, "clock": options.clock, "batch": BATCH,
                 "images": options.images, "seed": options.seed, "classifier": reference.classifier.digest,
-                "precision": here.training_precision("auto")}
-    machine = common.machine(here.device)
+                "precision": runtime.training_precision("auto")}
+    machine = common.machine(runtime.device)
     report: dict[str, Any] = {"machine": machine, "settings": settings, "quality": []}
     if options.out.exists():
         report = json.loads(options.out.read_text())
@@ -155,7 +155,7 @@ def compare(options: Namespace, here: Runtime) -> dict[str, Any]:
         if any(row["name"] == name for row in report["quality"]):
             continue
         torch.manual_seed(options.seed)
-        contender = CONTENDERS[name](images, here, options)
+        contender = CONTENDERS[name](images, runtime, options)
         parameters, gflop = common.count(contender.network)
         steps = train(contender, options.minutes, options.clock)
         row = {"name": name, "steps": steps, "parameters": parameters, "gflop": gflop,
@@ -173,11 +173,11 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--only", nargs="+", choices=CONTENDERS, default=list(CONTENDERS), help="train these alone")
     parser.add_argument("--out", type=Path, default=common.HERE / "peers.json", help="what is measured already is kept")
     options = parser.parse(argv)
-    with runtime.start(common.config_of(options)) as here:
-        if here.device.type == "cuda" and options.clock == "cpu":
+    with start(common.config_of(options)) as runtime:
+        if runtime.device.type == "cuda" and options.clock == "cpu":
             raise UserError("--clock cpu: a GPU's work takes no CPU time; leave it out")
         try:
-            report = compare(options, here)
+            report = compare(options, runtime)
         except ImportError as error:
             raise UserError(f"{error}: pip install -r benchmarks/requirements.txt, or --only ours") from None
     print(f"{show(report)}\n\n{options.out}")

@@ -34,8 +34,9 @@ from common import (
     table,
 )
 
-from support import checkpoint, loading, runtime, settings
+from support import checkpoint, loading, settings
 from support.files import make_folder
+from support.runtime import start
 from training.log import test_loss
 
 # One knob at a time, and what the original paper has.
@@ -80,10 +81,10 @@ def train_and_measure(task: tuple[str, int, argparse.Namespace]) -> dict[str, An
     name, seed, options = task
     torch.set_num_threads(1)
     config = config_of(options, "--seed", str(seed), *RECIPES[name].split())
-    with runtime.start(config) as here:
-        train, test = loading.load_both(config, here)
-        trainee = Trainee(config, here, train, test)
-        clock = time.process_time if here.device.type == "cpu" else time.perf_counter
+    with start(config) as runtime:
+        train, test = loading.load_both(config, runtime)
+        trainee = Trainee(config, runtime, train, test)
+        clock = time.process_time if runtime.device.type == "cpu" else time.perf_counter
         losses = []
         began, began_wall = clock(), time.perf_counter()
         while (progress := (clock() - began) / options.seconds) < 1:
@@ -105,7 +106,7 @@ def train_and_measure(task: tuple[str, int, argparse.Namespace]) -> dict[str, An
             "parameters": parameters, "gflop": round(gflop, 4),
             "train_loss": round(sum(last) / max(1, len(last)), 5),
             "test_loss": round(sum(levels) / len(levels), 5), **found, "images": options.images,
-            "classifier": reference.classifier.digest, "machine": machine(here.device)}
+            "classifier": reference.classifier.digest, "machine": machine(runtime.device)}
 
 
 def show(path: Path) -> str:

@@ -25,9 +25,10 @@ from config import ROOT
 from dataset import to_uint8, to_unit
 from diffusion import add_noise
 from sample import load_checkpoint, make_request, sample_images
-from support import checkpoint, idx, loading, plots, runtime, selection
+from support import checkpoint, idx, loading, plots, selection
 from support.files import make_folder, write_atomically
 from support.randomness import NOISE_STREAM, generator
+from support.runtime import start
 
 COUNT, TEST, SEED = 10_000, 1_000, 1
 LEVELS, DIGIT = (50, 200, 400, 600, 800, 950), 5  # timesteps, and the digit that the picture shows
@@ -43,8 +44,8 @@ def ship_weights(source: Path) -> None:
 
 def ship_digits() -> None:
     config = config_of(None, "--mode", "sample")
-    with runtime.start(config) as here:
-        model = load_checkpoint(selection.PRETRAINED, here)
+    with start(config) as runtime:
+        model = load_checkpoint(selection.PRETRAINED, runtime)
         request = make_request(model, replace(config.sample, digits="0123456789"), SEED, COUNT)
         images, labels = to_uint8(sample_images(model, request, progress="sampling")[0])[:, 0], request.labels
     make_folder(loading.GENERATED)
@@ -58,8 +59,8 @@ def ship_digits() -> None:
 
 def make_pictures() -> None:
     config = config_of(None, "--dataset", "generated")
-    with runtime.start(config) as here:
-        model = load_checkpoint(selection.PRETRAINED, here)
+    with start(config) as runtime:
+        model = load_checkpoint(selection.PRETRAINED, runtime)
         digits = loading.load_split(config, "test")
         digit = digits[torch.tensor([int((digits.labels == DIGIT).nonzero()[0])])]
         x0, denoise = to_unit(digit.images), model.denoiser(digit.labels)
@@ -68,7 +69,7 @@ def make_pictures() -> None:
         with torch.inference_mode():
             for t in LEVELS:
                 x_t = add_noise(model.schedule, x0, torch.tensor([t]), noise)
-                rows.append(to_uint8(torch.cat([x_t, denoise(x_t.to(here.device), t).cpu()])))
+                rows.append(to_uint8(torch.cat([x_t, denoise(x_t.to(runtime.device), t).cpu()])))
     folder, metadata = ROOT / "results" / "pretrained", {"weights": model.digest}
     plots.save_process(folder / "levels.png", torch.stack(rows).numpy(), LEVELS, metadata)
     plots.save_losses(folder / "loss.png", model.history["columns"], None, metadata, model.data["images"])

@@ -23,53 +23,56 @@ from config import UserError
 from evaluation.evaluate import require_its_images
 from evaluation.reference import make_reference, rows
 from sample import load_checkpoint, make_request, provenance, sample_images
-from support import loading, runtime, selection, settings
+from support import loading, selection, settings
 from support.files import write_atomically
+from support.runtime import start
 
 
 def main(argv: list[str]) -> None:
     cut = argv.index("--") if "--" in argv else len(argv)
-    own, words = argv[:cut], argv[cut + 1:]
+    flags_for_all, words = argv[:cut], argv[cut + 1:]
     parser = Parser(__doc__)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="whose images are pooled")
     parser.add_argument("--out", type=Path, default=HERE / "sweep.csv", help="the CSV file")
-    options, flags = parser.parse_known_args(own)
+    options, flags = parser.parse_known_args(flags_for_all)
     if not words:
         raise UserError('give settings after --, one word each, such as "--guidance 2"; see --help')
     for word in words:
-        if other := {*settings.given(shlex.split(word))} - {*settings.SAMPLING}:
+        if shared := {*settings.given(shlex.split(word))} - {*settings.SAMPLING}:
             raise UserError(f"'{word}': a setting is how it is sampled ({', '.join(settings.SAMPLING)}); give "
-                            f"{', '.join(sorted(other))} before --, for all of them")
+                            f"{', '.join(sorted(shared))} before --, for all of them")
     configs = [settings.parse(["--mode", "evaluate", *flags, *shlex.split(word)]) for word in words]
     if "seed" in settings.given(flags):
         raise UserError("--seed: give --seeds, whose images are pooled")
     seeds = options.seeds
     table: list[Any] = [*csv.DictReader(options.out.read_text("utf-8").splitlines())] if options.out.exists() else []
-    with runtime.start(configs[0]) as here:
-        config = selection.settle(configs[0], here)
-        model, data = load_checkpoint(Path(str(config.sample.checkpoint)), here), loading.load_both(config, here)
+    with start(configs[0]) as runtime:
+        config = selection.settle(configs[0], runtime)
+        model, data = load_checkpoint(Path(str(config.sample.checkpoint)), runtime), loading.load_both(config, runtime)
         require_its_images(model, images := dataset.describe(data[0], config.dataset), configs[0].dataset != "auto")
         reference = None
-        for each in configs:
-            requests = [make_request(model, each.sample, seed, each.sample.num_images or 10_000) for seed in seeds]
+        for setting in configs:
+            count = setting.sample.num_images or 10_000
+            requests = [make_request(model, setting.sample, seed, count) for seed in seeds]
             labels = torch.cat([request.labels for request in requests])
             reference = reference or make_reference(config, *data, labels)
             row = provenance(model, requests[0]) | {
                 "seed": " ".join(map(str, seeds)), "images": str(len(labels)), "compared_with": images["digest"],
                 "classifier": reference.classifier.digest if reference.classifier else "",
-                "precision": "bf16" if here.bf16 else "fp32"}
-            if any({key: other.get(key) for key in row} == row for other in table):
+                "precision": "bf16" if runtime.bf16 else "fp32"}
+            if any({key: line.get(key) for key in row} == row for line in table):
                 continue
             sampled = torch.cat([sample_images(model, request, progress="sampling")[0] for request in requests])
-            found = rows(reference.measure(dataset.to_uint8(sampled), labels)[0], reference.baseline)
+            metrics = rows(reference.measure(dataset.to_uint8(sampled), labels)[0], reference.baseline)
             table.append(row | {"evaluations": requests[0].evaluations} | {
-                f"{key}_{part}".removesuffix("_value"): n for key, one in found.items() for part, n in one.items()})
-            writer = csv.DictWriter(text := io.StringIO(), list(dict.fromkeys(key for each in table for key in each)))
+                f"{key}_{part}".removesuffix("_value"): number
+                for key, metric in metrics.items() for part, number in metric.items()})
+            writer = csv.DictWriter(text := io.StringIO(), list(dict.fromkeys(key for line in table for key in line)))
             writer.writeheader()
             writer.writerows(table)
             write_atomically(options.out, methodcaller("write", text.getvalue().encode()))
             print(" ".join(row[key] for key in ("sampler", "steps", "spacing", "guidance", "guidance_interval")),
-                  {key: round(one.get("ratio", one["value"]), 3) for key, one in found.items()}, flush=True)
+                  {key: round(metric.get("ratio", metric["value"]), 3) for key, metric in metrics.items()}, flush=True)
 
 
 if __name__ == "__main__":

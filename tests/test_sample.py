@@ -448,3 +448,8 @@ def test_a_loop_of_ones_own_needs_the_denoiser_alone(own_folder):
     assert plain.shape == x.shape and torch.equal(outside, plain)
     assert not torch.allclose(guided[0], plain[0], atol=1e-3)
     torch.testing.assert_close(guided[1], plain[1], rtol=0, atol=1e-5)
+
+
+def test_a_model_in_a_notebook_says_in_one_line_what_it_is() -> None:
+    text = repr(load_model("pretrained", device="cpu"))
+    assert text.startswith("LoadedModel(") and "trained on mnist, step " in text and len(text) < 250
