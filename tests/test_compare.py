@@ -26,6 +26,7 @@ from evaluation.reference import METRICS, OVERLAP, Baseline, Estimate, Estimates
 from evaluation.statistics import detectable, jackknife_error, student_quantile, two_sample
 from run import main
 from support import settings
+from support.console import progress_bar
 from support.runtime import Runtime
 from tests.measuring import load_few, save_network
 
@@ -45,7 +46,10 @@ def two(own_folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return ["--mode", "compare", "--num-images", "1000", "--steps", "2", "--device", "cpu"]
 
 
-def test_a_comparison_end_to_end(two: list[str], capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_comparison_end_to_end(two: list[str], monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+    bars: list[str] = []
+    monkeypatch.setattr("sample.progress_bar", lambda shown, desc, **options: (
+        bars.append(desc), progress_bar(shown, desc=desc, **options))[1])
     assert main([*two, "--runs", "one", "two"]) == 0
     output = capsys.readouterr().out
     for said in ("lr 0.002 / 0.1", "Code in which they differ: model.py.", "b has 2.00 times a's", "95% interval",
@@ -53,7 +57,9 @@ def test_a_comparison_end_to_end(two: list[str], capsys: Capture, monkeypatch: p
                  "all else is best where the baseline is", "*: the interval excludes 0"):
         assert said in output, said
     assert "they did not see as many images" not in output
-    assert output.count("note: the images are still static") == 2  # as mode sample says
+    assert output.count("note: the images are still static: the network has seen 6,400,") == 2  # as mode sample says
+    assert bars == ["sampling a: one", "sampling b: two"]
+    assert output.index("Measuring the real images") < output.index("note: the images")
     folder, = Path("results/compare").iterdir()
     assert folder.name.startswith("one-vs-two-")
     found = json.loads((folder / "compare.json").read_text())

@@ -76,7 +76,7 @@ class Display:
         if log_now and self.bar.disable:
             progress = state.progress(state.config.train)
             remaining = (time.perf_counter() - self.began) * (1 - progress) / max(progress - self.first, 1e-9)
-            state.runtime.say(f"{text}, {self.bar.format_interval(remaining)} remaining")
+            state.runtime.say(f"{text}, {self.bar.format_interval(round(remaining))} remaining")
 
 
 def length(options: TrainConfig) -> str:

@@ -148,11 +148,11 @@ class Saves:
         """Saves at the end of a run or at a stop, if need be in the last of several tries, which may raise WriteError.
         """
         def tries() -> None:
-            for pause in LAST_PAUSES:
+            for number, pause in enumerate(LAST_PAUSES):
                 try:
                     return save(self.state)
                 except WriteError as error:
-                    if pause == LAST_PAUSES[0]:
+                    if number == 0:
                         self.state.runtime.say(f"WARNING: {error}. Trying again for {sum(LAST_PAUSES):g} seconds.")
                     time.sleep(pause)
             save(self.state)
