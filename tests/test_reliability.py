@@ -282,7 +282,7 @@ def test_a_finished_run_samples_what_is_asked_for_next(there: Path, flags: list[
         capsys.readouterr()
         assert main([*flags, *change]) == 0 and str(samples) in capsys.readouterr().out
         if "--digits" in change:
-            assert np.load(samples)["arr_1"].tolist() == [7] * int(change[-1])
+            assert np.load(samples)["labels"].tolist() == [7] * int(change[-1])
         assert main([*flags, *change]) == 0
         assert "is finished" in (output := capsys.readouterr().out) and str(samples) not in output
     assert LAST.read_bytes() == before
