@@ -16,8 +16,10 @@ import pytest
 import torch
 
 import training.loop
+from config import TrainConfig
 from evaluation.classifier import Classifier
 from run import main
+from sample import warn_if_broken
 from support import checkpoint, plots, runtime
 from tests.conftest import ROOT, TINY, write_set
 from tests.processes import assert_same, learned, nothing, start, start_ranks
@@ -239,3 +241,18 @@ def test_a_gpu_too_old_for_torch_is_left_alone(own_folder: Path, monkeypatch: py
 def test_a_device_is_tried_with_one_kernel() -> None:
     assert runtime.kernel_error("cpu") == ""
     assert "\n" not in runtime.kernel_error("meta") != ""  # a device that computes nothing
+
+
+# At its end
+
+
+@pytest.mark.parametrize("step, said", [(100, "note: the images are still static: the network has seen 6,400,"),
+                                        (1000, "WARNING: these images do not look like mnist (static)")])
+def test_static_is_a_warning_only_where_more_could_be_expected(step: int, said: str, capsys: Capture) -> None:
+    noise = torch.randint(0, 256, (16, 1, 28, 28), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    warn_if_broken(noise, SimpleNamespace(data={"name": "mnist"}, step=step, settings={"train": {"batch_size": 64}}))
+    assert capsys.readouterr().out.startswith(said)
+
+
+def test_previews_have_whole_rows() -> None:
+    assert TrainConfig().preview % 10 == 0  # ten columns: one of each digit
