@@ -123,7 +123,7 @@ def sampling(bench: Bench) -> str:
 
 
 def devices(bench: Bench, bf16: bool) -> str:
-    """The shipped weights, the same seeds, here and on the CPU: pixels that are not 0 in both."""
+    """The pretrained weights, the same seeds, here and on the CPU: pixels that are not 0 in both."""
     images = []
     for device in (torch.device("cpu"), bench.device):
         model = load_checkpoint(selection.PRETRAINED, Runtime(device, bf16 and device.type != "cpu", compile=False))

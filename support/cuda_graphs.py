@@ -77,9 +77,7 @@ class CudaGraph:
                 with without_garbage_collection(), torch.cuda.graph(
                         self.graph, stream=self.stream, capture_error_mode="thread_local"):
                     self.output = function(*self.inputs)
-            except torch.OutOfMemoryError:
-                raise
-            except RuntimeError as error:
+            except RuntimeError as error:  # running out of memory is one: a graph has memory of its own
                 torch.cuda.set_stream(main_stream)  # which torch leaves as it was in the capture
                 self.failed = True
                 self.runtime.say(f"note: a training step can't be captured as a CUDA graph "

@@ -29,10 +29,11 @@ STYLE: Any = {  # min_exponent: plain numbers on log axes, such as 0.01
 }
 BASELINE = "baseline (real images)"
 LANDMARK: Any = {"color": "black", "linewidth": 1, "linestyle": (0, (4, 3))}  # a line at the value to compare with
+TRAINING_LOSS = "training loss (mostly of middle noise levels)"  # as --focus says
 FLAT_LOSS = ("A curve that soon looks flat is normal: most of the loss is noise that no network can predict.\n"
              "Pictures go on improving while it falls by a few per cent, so judge a run by them and by mode evaluate.")
 FEW_SEEN = 20_000  # images, a minute on two CPU cores: who has seen fewer can't be expected to sample well
-COLOURS = ("Lines are 95% intervals of the change. Blue: the interval excludes 0. "
+COLOURS = ("Lines are 95% intervals of the change. Blue: the interval excludes 0.\n"
            "Grey: it includes 0, so the change may be due to chance.")
 STROKE_LEVEL = 100  # a pixel at least this bright is part of a stroke
 GAP = 5  # columns from one digit's stroke to the next one's, where they come closest: 4 stay empty
@@ -116,7 +117,7 @@ def save_losses(path: Path, columns: Mapping[str, Any], reference: Mapping[str, 
     """PNG that answers "is my loss normal?": loss over images seen, and test loss by noise level, first and last.
 
     `columns` are those of metrics.csv: images, train_loss, test_loss, and test_loss_tA-B for timesteps A to B.
-    `reference`: those of the run of the shipped weights, drawn in grey. epoch_size: images in an epoch.
+    `reference`: those of the run of the pretrained weights, drawn in grey. epoch_size: images in an epoch.
     """
     names = [name for name in columns if name.startswith("test_loss_t")]
     seen, losses = columns["images"], np.array([columns[name] for name in names], float)  # [levels, rows]
@@ -124,8 +125,8 @@ def save_losses(path: Path, columns: Mapping[str, Any], reference: Mapping[str, 
         curve, levels = figure.subplots(1, 2)
         curve.set(title="Loss while training", xlabel="training images seen")
         if reference:
-            curve.loglog(reference["images"], reference["test_loss"], color=GREY, label="test loss, shipped weights")
-        curve.loglog(seen, columns["train_loss"], color=GREEN, linewidth=1, label="training loss (see --focus)")
+            curve.loglog(reference["images"], reference["test_loss"], color=GREY, label="test loss, pretrained weights")
+        curve.loglog(seen, columns["train_loss"], color=GREEN, linewidth=1, label=TRAINING_LOSS)
         curve.loglog(seen, columns["test_loss"], ".-" if len(seen) < 30 else "-", color=BLUE, label="test loss")
         curve.xaxis.set_major_formatter(
             lambda x, _: f"{x / 1e6:g}M" if x >= 1e6 else f"{x / 1e3:g}k" if x >= 1e4 else f"{x:g}")
@@ -134,7 +135,7 @@ def save_losses(path: Path, columns: Mapping[str, Any], reference: Mapping[str, 
         levels.set(title="Test loss by noise level", xlabel="timestep t (0: clean, T: noise)")
         ranges = [name.removeprefix("test_loss_t") for name in names]
         if reference and all(name in reference for name in names):
-            levels.semilogy(ranges, [reference[name][-1] for name in names], color=GREY, label="shipped weights")
+            levels.semilogy(ranges, [reference[name][-1] for name in names], color=GREY, label="pretrained weights")
         for row, style in ((0, ":"), (-1, ".-")):  # the first and the last
             levels.semilogy(ranges, losses[:, row], style, color=BLUE, label=f"after {seen[row]:,} images")
         levels.tick_params(axis="x", rotation=35)

@@ -3,6 +3,7 @@
 import contextlib
 import warnings
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 
@@ -10,6 +11,7 @@ from support import code
 
 code.register(__file__)
 _SAID: set[str] = set()  # operations without a deterministic form
+_WARNED: dict[Any, Any] = {}  # other warnings, by which Python shows each once
 
 
 def autocast(device: torch.device, bf16: bool) -> torch.autocast:
@@ -35,7 +37,7 @@ def deterministic(device: torch.device, wanted: bool, say: Callable[[str], None]
     for warning in caught:
         message = str(warning.message)
         if "does not have a deterministic implementation" not in message:
-            warnings.warn_explicit(message, warning.category, warning.filename, warning.lineno)
+            warnings.warn_explicit(message, warning.category, warning.filename, warning.lineno, registry=_WARNED)
         elif (operation := message.split()[0]) not in _SAID:
             _SAID.add(operation)
             say(f"note: {operation} has no deterministic form on a GPU, so the same seed may give slightly other "

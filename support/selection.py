@@ -31,7 +31,7 @@ def settle(config: Config, runtime: Runtime) -> Config:
             missing, hint = "There is no run of your own yet", ""
             if run_names():
                 missing, hint = "There is no run named mnist", f"{list_runs()} Choose one with --name."
-            runtime.say(f"{missing}, so this uses the weights that ship with the project.{hint}")
+            runtime.say(f"{missing}, so this uses the pretrained weights, which come with the project.{hint}")
         config = replace(config, sample=replace(config.sample, checkpoint=path))
     elif config.mode == "train" and config.name is not None and not config.train.fresh:
         path = run_path(config.name)
@@ -99,7 +99,7 @@ def list_runs() -> str:
 
 
 def find(config: Config) -> Path:
-    """The checkpoint of --checkpoint, --name or --dataset; else of the run mnist or generated; else the shipped one.
+    """The checkpoint of --checkpoint, --name or --dataset; else of the run mnist or generated; else the pretrained one.
 
     Raises UserError if the one that was asked for is not there.
     """
@@ -109,7 +109,7 @@ def find(config: Config) -> Path:
         flag, name = ("--dataset", str(config.dataset)) if config.name is None else ("--name", config.name)
         if not run_exists(name):
             raise UserError(f"{flag} {name}: there is no run of that name ({run_path(name)}).{list_runs()} Train it "
-                            "first, name another, or use --checkpoint pretrained for the weights that ship")
+                            "first, name another, or use --checkpoint pretrained")
         return run_path(name)
     return next((run_path(name) for name in ("mnist", "generated") if run_exists(name)), PRETRAINED)
 
@@ -123,13 +123,11 @@ def resolve(text: str, flag: str) -> Path:
         if file_exists(candidate):
             return candidate
     raise UserError(f"{flag} {text:.200}: there is no such checkpoint, nor a run of that name.{list_runs()} Name one "
-                    "of these, a file, or pretrained for the weights that ship")
+                    "of these, a file, or pretrained")
 
 
 def results_folder(path: Path, digest: str) -> Path:
-    """Where results go: results/NAME for a run, results/shipped for the weights that ship, else results/FILE-DIGEST."""
-    if Path(os.path.realpath(path)) == PRETRAINED:
-        return Path("results", "shipped")
+    """Where results go: results/NAME for a run, else results/FILE-DIGEST, such as results/pretrained-6d5df0bd."""
     path = Path(os.path.abspath(path))
     name = path.parent.name
     if path == Path(os.path.abspath(run_path(name))) and name.casefold() not in RESERVED:

@@ -40,7 +40,7 @@ SAMPLER_OF = {name: mark.sampler for name, kind in get_type_hints(SampleConfig, 
 # How images are sampled; the other fields of SampleConfig say which images.
 SAMPLING = tuple(name for name in SampleConfig.__dataclass_fields__
                  if name not in ("num_images", "digits", "write", "checkpoint"))
-RESERVED = ("pretrained", "shipped", "compare", "classifiers", "experiment")  # folders of the project, no names of runs
+RESERVED = ("pretrained", "compare", "classifiers", "experiment")  # folders of the project, no names of runs
 TRAINING = ("train", "experiment")  # the modes that train
 # A flag that has no effect beside the second one, and in which modes.
 EXCLUSIVE = (("name", "checkpoint", ("sample", "evaluate")), ("dataset", "checkpoint", ("sample",)),

@@ -465,12 +465,12 @@ def test_a_folder_that_cannot_be_written(no_root: None) -> None:
 def test_shipped_weights_in_place_of_a_run_say_which_runs_there_are(own_folder: Path, capsys) -> None:
     sample = settings.parse(["--mode", "sample"])
     selection.settle(sample, CPU)
-    assert capsys.readouterr().out == ("There is no run of your own yet, so this uses the weights that ship with the "
-                                       "project.\n")
+    assert capsys.readouterr().out == ("There is no run of your own yet, so this uses the pretrained weights, which come "
+                                       "with the project.\n")
     put("mine")
     selection.settle(sample, CPU)
-    assert capsys.readouterr().out == ("There is no run named mnist, so this uses the weights that ship with the "
-                                       "project. Runs in checkpoints/: mine. Choose one with --name.\n")
+    assert capsys.readouterr().out == ("There is no run named mnist, so this uses the pretrained weights, which come "
+                                       "with the project. Runs in checkpoints/: mine. Choose one with --name.\n")
 
 
 def test_a_home_folder_is_a_place_for_checkpoints(own_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -484,7 +484,7 @@ def test_a_home_folder_is_a_place_for_checkpoints(own_folder: Path, monkeypatch:
     ("there/mine/last.safetensors", "mine-01234567"), ("there/../checkpoints/mine/last.safetensors", "mine"),
     ("checkpoints/pretrained/last.safetensors", "pretrained-01234567"),
     ("checkpoints/Pretrained/last.safetensors", "Pretrained-01234567"),
-    (selection.PRETRAINED, "shipped"),
+    (selection.PRETRAINED, "pretrained-01234567"),
     (os.fsdecode(b"a\xff.safetensors"), os.fsdecode(b"a\xff-01234567")),
     ("x" * 240 + ".safetensors", "x" * 100 + "-01234567")])
 def test_each_checkpoint_has_a_results_folder_of_its_own(path: str, folder: str) -> None:

@@ -109,7 +109,7 @@ BAD_FLAGS = [
     (["--name", "a" * 101], "--name"),
     (["--name", "pretrained"], "--name pretrained"),
     (["--name", "Pretrained"], "--name Pretrained"),
-    (["--name", "shipped"], "--name shipped"),
+    (["--name", "experiment"], "--name experiment"),
     (["--name", os.fsdecode(b"a\xff")], "is not UTF-8"),
     (["--mode", "sample", "--checkpoint", os.fsdecode(b"a\xff")], "is not UTF-8"),
     (["--mode", "compare", "--runs", "a", os.fsdecode(b"\xff")], "is not UTF-8"),
@@ -469,8 +469,8 @@ def test_the_shipped_weights_are_sampled_where_there_is_no_run(own_folder: Path,
     quick = ["--mode", "sample", "--num-images", "1", "--steps", "1", "--device", "cpu"]
     assert main(quick) == 0
     output = capsys.readouterr().out
-    assert "There is no run of your own yet" in output and "results/shipped/sample.png" in output
-    assert str(selection.PRETRAINED) in output and os.listdir("results") == ["shipped"]
+    assert "There is no run of your own yet" in output and "results/pretrained-6d5df0bd/sample.png" in output
+    assert str(selection.PRETRAINED) in output and os.listdir("results") == ["pretrained-6d5df0bd"]
 
 
 @pytest.mark.parametrize("mode", ["sample", "evaluate"])

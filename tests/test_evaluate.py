@@ -98,7 +98,7 @@ def test_any_difference_in_where_a_report_came_from_keeps_it(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("path, folder", [
-    (selection.run_path("mine"), "mine"), (selection.PRETRAINED, "shipped"),
+    (selection.run_path("mine"), "mine"), (selection.PRETRAINED, "pretrained-01234567"),
     ("other/last.safetensors", "other-01234567"),
     ("checkpoints/mine/previous.safetensors", "mine-previous-01234567"), ("mine.safetensors", "mine-01234567")])
 def test_the_results_of_each_checkpoint_have_a_folder_of_their_own(path: Path | str, folder: str) -> None:

@@ -19,7 +19,6 @@ import training.loop
 from config import TrainConfig
 from evaluation.classifier import Classifier
 from run import main
-from sample import warn_if_broken
 from support import checkpoint, plots, runtime
 from tests.conftest import ROOT, TINY, write_set
 from tests.processes import assert_same, learned, nothing, start, start_ranks
@@ -250,7 +249,7 @@ def test_a_device_is_tried_with_one_kernel() -> None:
                                         (1000, "WARNING: these images do not look like mnist (static)")])
 def test_static_is_a_warning_only_where_more_could_be_expected(step: int, said: str, capsys: Capture) -> None:
     noise = torch.randint(0, 256, (16, 1, 28, 28), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    warn_if_broken(noise, SimpleNamespace(data={"name": "mnist"}, step=step, settings={"train": {"batch_size": 64}}))
+    plots.warn_if_broken(noise, {"name": "mnist"}, 64 * step)
     assert capsys.readouterr().out.startswith(said)
 
 

@@ -259,20 +259,20 @@ def test_losses_show_the_first_and_the_last_of_each_noise_level(tmp_path, figure
         columns = {name: values[:rows] for name, values in COLUMNS.items()}
         plots.save_losses(tmp_path / "loss.png", columns, reference, METADATA, 60_000)
         curve, levels = figures.pop().axes
-        assert legend(curve) == ["test loss, shipped weights"] * shipped + ["training loss (see --focus)", "test loss"]
-        assert legend(levels) == ["shipped weights"] * shipped + ["after 64 images", f"after {last} images"]
+        assert legend(curve) == ["test loss, pretrained weights"] * shipped + [plots.TRAINING_LOSS, "test loss"]
+        assert legend(levels) == ["pretrained weights"] * shipped + ["after 64 images", f"after {last} images"]
 
 
 def test_losses_show_the_columns_of_metrics_csv(tmp_path, figures):
     plots.save_losses(tmp_path / "loss.png", COLUMNS, {**COLUMNS, "test_loss_t1-500": [9.0]}, METADATA, 60_000)
     curve, levels = figures[0].axes
     lines = {line.get_label(): line for line in (*curve.lines, *levels.lines)}
-    training = lines["training loss (see --focus)"].get_xydata().T
+    training = lines[plots.TRAINING_LOSS].get_xydata().T
     np.testing.assert_array_equal(training, [COLUMNS["images"], COLUMNS["train_loss"]])
     np.testing.assert_array_equal(lines["test loss"].get_ydata(), COLUMNS["test_loss"])
     np.testing.assert_array_equal(lines["after 64 images"].get_ydata(), [0.8, 0.4])
     np.testing.assert_array_equal(lines["after 64,000 images"].get_ydata(), [0.1, 0.01])
-    np.testing.assert_array_equal(lines["shipped weights"].get_ydata(), [9.0, 0.01])
+    np.testing.assert_array_equal(lines["pretrained weights"].get_ydata(), [9.0, 0.01])
     assert [label.get_text() for label in levels.get_xticklabels()] == ["1-500", "501-1000"]
     (epochs,) = curve.child_axes
     figures[0].draw_without_rendering()
@@ -283,9 +283,9 @@ def test_one_colour_means_one_thing_in_both_panels_of_the_losses(tmp_path, figur
     plots.save_losses(tmp_path / "loss.png", COLUMNS, COLUMNS, METADATA, 60_000)
     curve, levels = figures[0].axes
     for axes in (curve, levels):  # this run's test loss, what comes from the shipped weights, the training loss
-        meanings = {line.get_color(): "shipped" if "shipped" in line.get_label() else
+        meanings = {line.get_color(): "pretrained" if "pretrained" in line.get_label() else
                     "training" if "training" in line.get_label() else "test" for line in axes.lines}
-        assert meanings == {plots.GREY: "shipped", plots.BLUE: "test"} | (
+        assert meanings == {plots.GREY: "pretrained", plots.BLUE: "test"} | (
             {plots.GREEN: "training"} if axes is curve else {})
     assert len({line.get_linestyle() for line in levels.lines if line.get_color() == plots.BLUE}) == 2
 
@@ -362,7 +362,7 @@ def test_comparison_draws_the_interval_of_each_change(tmp_path, rng, figures):
     plots.save_comparison(tmp_path / "c.png", (images, images), ("a", "b"), ROWS, METADATA)
     distances, shares = figures[0].axes
     assert "decides" in distances.get_title("left") and "best where the baseline is" in shares.get_title("left")
-    assert "Blue: the interval excludes 0. Grey: it includes 0" in figures[0].get_supxlabel()
+    assert "Blue: the interval excludes 0.\nGrey: it includes 0" in figures[0].get_supxlabel()
     units = "left of 0, b is closer", "(percentage points)"
     for axes, part, unit in zip((distances, shares), (ROWS[:2], ROWS[2:]), units):
         assert [label.get_text() for label in axes.get_yticklabels()] == [row[0] for row in part]

@@ -88,7 +88,7 @@ def test_a_log_point_adds_a_row_and_draws_losses_from_the_third_on(own_folder, m
     """A picture of two points would be almost empty; a table that can't be written is a warning and no more."""
     drawn = []
     monkeypatch.setattr(training.log, "test_loss", lambda state: [0.5] * 10)
-    monkeypatch.setattr(training.log, "shipped_losses", lambda config: None)
+    monkeypatch.setattr(training.log, "pretrained_losses", lambda config: None)
     monkeypatch.setattr(training.log.plots, "save_losses", lambda path, columns, *_, **__: drawn.append(
         (path.name, len(columns["step"]))))
     config = Config(train=TrainConfig(preview=0))
@@ -118,8 +118,8 @@ def test_the_shipped_weights_are_compared_only_where_they_were_measured_alike(mo
     history = {"data": {"name": "mnist"}, "columns": columns}
     monkeypatch.setattr(training.log.checkpoint, "load", lambda path: {"config": settings.stored(config),
                                                                        "history": history})
-    training.log.shipped_losses.cache_clear()
-    found = training.log.shipped_losses(replace(config, dataset=dataset,
+    training.log.pretrained_losses.cache_clear()
+    found = training.log.pretrained_losses(replace(config, dataset=dataset,
                                                 diffusion=replace(config.diffusion, **diffusion)))
-    training.log.shipped_losses.cache_clear()
+    training.log.pretrained_losses.cache_clear()
     assert found == (columns if shown else None)

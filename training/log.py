@@ -128,7 +128,7 @@ def log_point(state: TrainingState, preview: bool) -> None:
             path, images, len(digits or "0123456789"), {"step": str(state.step)})
     if preview and before > 1:  # two points would make an almost empty picture
         writers["loss.png"] = lambda path: plots.save_losses(
-            path, columns, shipped_losses(state.config), {"config": str(state.config.diffusion)},
+            path, columns, pretrained_losses(state.config), {"config": str(state.config.diffusion)},
             epoch_size=state.history["data"]["images"])
     state.runtime.on_rank0(lambda: write_results(state.results, writers))
 
@@ -163,14 +163,14 @@ def test_loss(state: TrainingState) -> list[float]:
 
 
 @functools.lru_cache
-def shipped_losses(config: Config) -> dict[str, Any] | None:
-    """The shipped weights' columns of metrics.csv; None unless they were measured in the same way on the same data."""
+def pretrained_losses(config: Config) -> dict[str, Any] | None:
+    """The columns of metrics.csv of the pretrained weights; None unless measured in the same way on the same data."""
     try:
-        shipped = checkpoint.load(PRETRAINED)
-        theirs = training_settings(shipped["config"])[0]
+        pretrained = checkpoint.load(PRETRAINED)
+        settings = training_settings(pretrained["config"])[0]
     except UserError:
         return None
-    history = shipped["history"]
-    same_loss = (theirs.diffusion, theirs.train.clip_loss) == (config.diffusion, config.train.clip_loss)
+    history = pretrained["history"]
+    same_loss = (settings.diffusion, settings.train.clip_loss) == (config.diffusion, config.train.clip_loss)
     same_images = history.get("data", {}).get("name") == config.dataset
     return history.get("columns") if same_loss and same_images else None
