@@ -465,8 +465,8 @@ def test_a_folder_that_cannot_be_written(no_root: None) -> None:
 def test_shipped_weights_in_place_of_a_run_say_which_runs_there_are(own_folder: Path, capsys) -> None:
     sample = settings.parse(["--mode", "sample"])
     selection.settle(sample, CPU)
-    assert capsys.readouterr().out == ("There is no run of your own yet, so this uses the pretrained weights, which come "
-                                       "with the project.\n")
+    assert capsys.readouterr().out == ("There is no run of your own yet, so this uses the pretrained weights, which "
+                                       "come with the project.\n")
     put("mine")
     selection.settle(sample, CPU)
     assert capsys.readouterr().out == ("There is no run named mnist, so this uses the pretrained weights, which come "
