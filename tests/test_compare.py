@@ -159,6 +159,8 @@ def test_the_folder_follows_from_the_two_sides(two: list[str]) -> None:
     save_network(Path("né, 数" + 60 * "x" + ".safetensors"), 3)
     strange = results_folder(sides("one", "né, 数" + 60 * "x" + ".safetensors --steps 3"), 1000)
     assert len(strange.name) < 100 and not set(strange.name) & set(' ,:*?"<>|\\/')
+    many = [side._replace(name=f"--lr 0.{i:040}") for i, side in enumerate(sides("one", "two") * 10)]
+    assert len(results_folder(many, 1000).name) < 100
 
 
 # Differences
