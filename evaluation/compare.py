@@ -78,11 +78,6 @@ def compare(sides: Sequence[Side], config: Config, runtime: Runtime, train: Labe
     return deciding
 
 
-def run_name(model: LoadedModel) -> str:
-    """The name of a network's run or file, as its results folder has it."""
-    return selection.results_folder(model.path, model.digest).name
-
-
 def load_side(text: str, config: Config, runtime: Runtime) -> Side:
     """A side such as `mine`, `mine,mine-s1`, `path/to/last.safetensors` or `pretrained --guidance 1.3`."""
     names, dashes, flags = text.partition(" --")
@@ -118,25 +113,19 @@ def measuring_request(name: str, model: LoadedModel, config: Config) -> SampleRe
 def load_images(sides: Sequence[Side], config: Config,
                 runtime: Runtime) -> tuple[Config, LabelledImages, LabelledImages]:
     """The config with its data set decided, and the training and test images; raises UserError if they don't fit."""
-    model = require_same_images(sides)
-    name = selection.data_name(model.path, config) if config.dataset == "auto" else None
+    first, *later = (model for side in sides for model in side.models)
+    for model in later:
+        if model.data.get("digest") != first.data.get("digest"):
+            raise UserError(f"--runs: {first.path} and {model.path} were trained on different images "
+                            f"({first.data.get('name')} and {model.data.get('name')}); name runs of one data set")
+    name = selection.data_name(first.data, config) if config.dataset == "auto" else None
     config = selection.settle(replace(config, dataset=cast(Any, name or config.dataset)), runtime)
     train, test = loading.load_both(config, runtime)
-    require_training_images(model, describe(train, config.dataset), explicit=False)
+    require_training_images(first, describe(train, config.dataset), explicit=False)
     if len(train.labels.unique()) == 1:
         raise UserError(f"--dataset {config.dataset}: all images are of one class, and the metric that decides needs a "
                         "classifier of classes; look at --mode evaluate instead")
     return config, train, test
-
-
-def require_same_images(sides: Sequence[Side]) -> LoadedModel:
-    """The first model; raises UserError unless all were trained on the same images."""
-    first, *others = (model for side in sides for model in side.models)
-    for model in others:
-        if model.data.get("digest") != first.data.get("digest"):
-            raise UserError(f"--runs: {first.path} and {model.path} were trained on different images "
-                            f"({first.data.get('name')} and {model.data.get('name')}); name runs of one data set")
-    return first
 
 
 def make_common_reference(sides: Sequence[Side], config: Config, train: LabelledImages,
@@ -180,8 +169,9 @@ def settings_differences(a: Side, b: Side) -> list[str]:
 
 def sample_side(side: Side, letter: str) -> list[Tensor]:
     """The images uint8 [N, 1, 28, 28] of each of its networks, the same in every process."""
-    return [to_uint8(sample_images(model, request, progress=f"sampling {letter}: {run_name(model)}")[0])
-            for model, request in zip(side.models, side.requests)]
+    names = [selection.results_folder(model.path, model.digest).name for model in side.models]
+    return [to_uint8(sample_images(model, request, progress=f"sampling {letter}: {name}")[0])
+            for model, request, name in zip(side.models, side.requests, names)]
 
 
 def measure_side(side: Side, images: Sequence[Tensor], reference: Reference) -> list[Estimates]:
