@@ -27,7 +27,7 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], Any], before: Calla
 
     A link stays, and its target is replaced. Raises WriteError if path can't be written, and leaves it as it was.
     """
-    target = Path(os.path.realpath(path)) if os.path.islink(path) else path  # os.path: no error of a drive is raised
+    target = Path(os.path.realpath(path)) if os.path.islink(path) else path  # os.path raises no error of a drive
     part = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:
         with open(part, "wb") as file:
