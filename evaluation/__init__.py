@@ -1,1 +1,1 @@
-"""Measuring: reference statistics, metrics and their errors, the classifier, and the modes evaluate and compare."""
+"""Measuring: reference statistics, metrics and their errors, the classifier; modes evaluate, compare, experiment."""
