@@ -6,7 +6,7 @@ appear whole or not at all, in folders that are there, and carry `metadata` as P
 
 import os
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -51,10 +51,21 @@ def save_grid(path: Path, images: ArrayLike, columns: int, metadata: Mapping[str
     _save_png(path, _tiles(to_grid(images, columns), 2)[0], metadata)
 
 
+def labelled_grid(images: ArrayLike, columns: int, titles: Iterable[str] = (),
+                  names: Iterable[str] = ()) -> Image.Image:
+    """Images [N, 1, 28, 28] row by row, three times their size: titles above the columns, names left of the rows."""
+    tiles, header = _tiles(images, 3), [_text(title, 84, 28) for title in titles]
+    rows: list[Any] = [tiles[start:start + columns] for start in range(0, len(tiles), columns)]
+    if margin := [_text(name, 120, 84, right=True) for name in names]:
+        rows = [[name, *row] for name, row in zip(margin, rows, strict=True)]
+        header = [_text("", 120, 28), *header]
+    return Image.fromarray(_page([header, *rows] if titles else rows, 4))
+
+
 def save_process(path: Path, states: ArrayLike, timesteps: Sequence[int], metadata: Mapping[str, str]) -> None:
     """PNG of the denoising process: states [K, n, 1, 28, 28], a row per image, a column per timestep, headed by it."""
-    columns = [_tiles(state, 3) for state in np.asarray(states)]  # [K, n, 84, 84]
-    _save_png(path, _page([[_text(f"t = {t}", 84, 28) for t in timesteps], *zip(*columns, strict=True)], 4), metadata)
+    images = np.swapaxes(np.asarray(states), 0, 1)  # [n, K, 1, 28, 28]
+    _save_png(path, np.asarray(labelled_grid(images, len(timesteps), [f"t = {t}" for t in timesteps])), metadata)
 
 
 def save_neighbours(path: Path, sampled: ArrayLike, nearest: ArrayLike, distances: Sequence[float],

@@ -95,6 +95,19 @@ def test_process_has_a_row_per_image_and_a_headed_column_per_timestep(tmp_path, 
     np.testing.assert_array_equal(picture[:header, -2:], 255)
 
 
+def test_labelled_grid_has_titles_above_its_columns_and_names_beside_its_rows(rng):
+    images = noise(rng, 6, 1, 28, 28)
+    picture = np.asarray(plots.labelled_grid(images, 3, titles="123", names=["noisy", "guess"]))
+    assert picture.shape == (4 + 28 + 2 * 88 + 4, 4 + 120 + 3 * 88 + 4)
+    np.testing.assert_array_equal(picture[:36, :124], 255)  # no column has the names
+    for i, image in enumerate(images[:, 0]):
+        y, x = 36 + 88 * (i // 3), 128 + 88 * (i % 3)
+        np.testing.assert_array_equal(picture[y:y + 84:3, x:x + 84:3], image)
+        assert picture[:36, x:x + 84].min() < 100 and picture[y:y + 84, 4:124].min() < 100
+    plain = np.asarray(plots.labelled_grid(images, 3))
+    np.testing.assert_array_equal(plain, picture[32:, 124:])
+
+
 def test_process_shrinks_headers_that_are_too_wide(tmp_path, rng):
     plots.save_process(tmp_path / "p.png", noise(rng, 3, 6, 28, 28), [100_000, 50_000, 0], METADATA)
     picture = np.asarray(Image.open(tmp_path / "p.png"))[:26]
