@@ -56,7 +56,8 @@ def test_what_is_committed_can_be_read_without_being_run() -> None:
         assert len(cell.source.splitlines()) <= MOST_LINES and max(map(len, cell.source.splitlines())) <= 120
         assert [picture.shape[1] > 400 for picture in pictures(cell)] == [True]
         assert not cell.metadata
-    assert not re.search(r"/(home|root|Users|tmp|work)/|[A-Z]:\\\\", text), "no path of a machine"
+    words = re.sub(r'"image/png": ".*"', "", text)
+    assert not re.search(r"/(home|root|Users|tmp|work)/|[A-Z]:\\\\", words), "no path of a machine"
     assert notebook.metadata.keys() <= {"kernelspec", "language_info"}
 
 
