@@ -26,6 +26,7 @@ from evaluation.reference import DECIDING, FEWEST, Baseline, Estimates, Referenc
 from evaluation.tables import aligned, metric_cell
 from sample import LoadedModel, SampleRequest, load_checkpoint, make_request, provenance, sample_images
 from support import loading, plots, selection, settings
+from support.console import say
 from support.files import make_folder, write_atomically, write_results
 from support.runtime import Runtime
 
@@ -235,8 +236,8 @@ def report(sides: Sequence[Side], measured: Sequence[list[Estimates]], baseline:
     a, b = measured
     differences = compare_trainings(a, b) if has_trainings(sides) else compare_networks(a[0], b[0], baseline)
     images = len(pictures[0])
-    print(table(differences, baseline, images))
-    print(conclusion(sides, differences, baseline, images))
+    say(table(differences, baseline, images))
+    say(conclusion(sides, differences, baseline, images))
     content = {"images": images,
                "sides": [{"name": side.name, "networks": [
                    {**provenance(model, request), "metrics": rows(estimates)}

@@ -27,6 +27,7 @@ from sample import (
     sample_images,
 )
 from support import loading, plots, selection
+from support.console import say
 from support.files import make_folder, set_aside, write_atomically, write_results
 from support.runtime import Runtime
 
@@ -106,11 +107,11 @@ def report(images: Tensor, model: LoadedModel, request: SampleRequest, reference
                "class_distances": {k: {"value": value, "baseline": baseline.class_distances[k]}
                                    for k, value in measurement.class_distances.items()},
                "closer_than_test": closer}
-    print(table(measurement, reference))
-    print(explain(measurement, reference, closer, model.data.get("name", "")))
+    say(table(measurement, reference))
+    say(explain(measurement, reference, closer, model.data.get("name", "")))
     folder = make_folder(selection.results_folder(model.path, model.digest))
     if (old := keep_other_report(folder, identity)) is not None:
-        print(f"The report of other settings or weights that was there is now in {old}.")
+        say(f"The report of other settings or weights that was there is now in {old}.")
     writers = {
         "metrics.json": lambda path: write_atomically(
             path, methodcaller("write", json.dumps(content, indent=1).encode())),

@@ -34,6 +34,7 @@ from evaluation.differences import Difference
 from evaluation.reference import DECIDING, Reference
 from evaluation.tables import aligned
 from support import checkpoint, code, loading, plots, selection, settings
+from support.console import say
 from support.files import make_folder, write_atomically, write_results
 from support.runtime import Runtime
 from training.log import current_model
@@ -171,7 +172,7 @@ def compare(sides: Sequence[Side], config: Config, runtime: Runtime, train: Labe
         measured = [measure_side(side, side_images, references[0]) for side, side_images in zip(sides, images)]
         paths, deciding = [], list[Difference]()
         for side, side_images, estimates in zip(sides[1:], images[1:], measured[1:]):
-            print("\n".join(["", *settings_differences(sides[0], side), *fairness(sides[0], side)]))
+            say("\n".join(["", *settings_differences(sides[0], side), *fairness(sides[0], side)]))
             differences, written = report([sides[0], side], [measured[0], estimates], references[0].baseline,
                                           [images[0][0], side_images[0]])
             deciding += [difference for difference in differences if difference.metric.key == DECIDING]
@@ -204,7 +205,7 @@ def summarize(sides: Sequence[Side], deciding: Sequence[Difference]) -> list[Pat
     for (name, *numbers), difference in zip(rows, deciding):
         change, low, high = map(difference.show, numbers)
         lines.append([name, change, f"{low} to {high} {'*' if difference.significant else ' '}"])
-    print(f"\n{aligned(lines)}\n*: the interval excludes 0.")
+    say(f"\n{aligned(lines)}\n*: the interval excludes 0.")
     content = {name: {"change": change, "interval": [low, high]} for name, change, low, high in rows}
     folder = make_folder(results_folder(sides, len(sides[0].requests[0].labels)))
     return write_results(folder, {
