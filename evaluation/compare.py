@@ -61,11 +61,6 @@ def main(config: Config, runtime: Runtime) -> None:
         runtime.say(f"  {path}")
 
 
-def run_name(model: LoadedModel) -> str:
-    """The name of a network's run or file, as its results folder has it."""
-    return selection.results_folder(model.path, model.digest).name
-
-
 def load_side(text: str, config: Config, runtime: Runtime) -> Side:
     """A side such as `mine`, `mine,mine-s1`, `path/to/last.safetensors` or `pretrained --guidance 1.3`."""
     names, dashes, flags = text.partition(" --")
@@ -161,10 +156,12 @@ def settings_differences(a: Side, b: Side) -> list[str]:
     return lines
 
 
-def sample_side(side: Side, letter: str) -> list[Tensor]:
+def sample_side(side: Side, name: str) -> list[Tensor]:
     """The images uint8 [N, 1, 28, 28] of each of its networks, the same in every process."""
-    return [to_uint8(sample_images(model, request, progress=f"sampling {letter}: {run_name(model)}")[0])
-            for model, request in zip(side.models, side.requests)]
+    count = len(side.models)
+    numbers = [f" ({i + 1} of {count})" * (count > 1) for i in range(count)]
+    return [to_uint8(sample_images(model, request, progress=f"sampling {name}{number}")[0])
+            for model, request, number in zip(side.models, side.requests, numbers)]
 
 
 def measure_side(side: Side, images: Sequence[Tensor], reference: Reference) -> list[Estimates]:
@@ -193,7 +190,7 @@ def table(differences: Sequence[Difference], baseline: Baseline, images: int) ->
     return aligned(lines)
 
 
-def conclusion(sides: Sequence[Side], differences: Sequence[Difference], baseline: Baseline, images: int) -> str:
+def conclusion(sides: Sequence[Side], differences: Sequence[Difference], images: int) -> str:
     """What the deciding metric says, and what it can't say."""
     a, b = sides
     deciding = next(difference for difference in differences if difference.metric.key == DECIDING)
@@ -216,13 +213,18 @@ def conclusion(sides: Sequence[Side], differences: Sequence[Difference], baselin
         lines.append("This is about these two networks, not about their recipes: trainings of the default recipe that "
                      "differ by their seed alone differ by 10% (standard deviation). Train three a side to compare "
                      "recipes.")
-    lines += ["*: the interval excludes 0. The other metrics' intervals are each wrong one time in twenty.",
-              "Lower distances are closer; all else is best where the baseline is.",
-              "Changes of distances are in per cent, all others in percentage points."]
+    return "\n".join(lines)
+
+
+def explain(baseline: Baseline, images: int) -> list[str]:
+    """What the table's numbers don't say by themselves, a line each."""
+    lines = ["*: the interval excludes 0. The other metrics' intervals are each wrong one time in twenty.",
+             "Lower distances are closer; all else is best where the baseline is.",
+             "Changes of distances are in per cent, all others in percentage points."]
     if (size := len(baseline.labels)) < images:
         lines.append(f"The baseline has {size:,} images, as many as two disjoint sets of real images allow. Distances "
                      "fall with the number of images, so these are no multiples of it.")
-    return "\n".join(lines)
+    return lines
 
 
 def has_trainings(sides: Sequence[Side]) -> bool:
@@ -231,13 +233,16 @@ def has_trainings(sides: Sequence[Side]) -> bool:
 
 
 def report(sides: Sequence[Side], measured: Sequence[list[Estimates]], baseline: Baseline,
-           pictures: Sequence[Tensor]) -> tuple[list[Difference], list[Path]]:
-    """Prints the table and writes compare.json and compare.png: where the two sides differ most, and the intervals."""
+           pictures: Sequence[Tensor], *, legend: bool = True) -> tuple[list[Difference], list[Path]]:
+    """Prints the table, with what its numbers mean if `legend`, and writes compare.json and compare.png.
+
+    The picture shows where the two sides differ most, and the intervals.
+    """
     a, b = measured
     differences = compare_trainings(a, b) if has_trainings(sides) else compare_networks(a[0], b[0], baseline)
     images = len(pictures[0])
     say(table(differences, baseline, images))
-    say(conclusion(sides, differences, baseline, images))
+    say("\n".join([conclusion(sides, differences, images), *(explain(baseline, images) if legend else ())]))
     content = {"images": images,
                "sides": [{"name": side.name, "networks": [
                    {**provenance(model, request), "metrics": rows(estimates)}

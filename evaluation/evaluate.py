@@ -135,8 +135,7 @@ def keep_other_report(folder: Path, identity: dict[str, Any]) -> Path | None:
 def table(measurement: Measurement, reference: Reference) -> str:
     """The table for the terminal, a row for each metric: the sampled images, the baseline and the test set."""
     test, test_baseline = reference.test_set
-    lines = [[f"N = {len(reference.baseline.labels):,}", "sampled", "baseline",
-              f"test set ({len(reference.test_subset):,})"]]
+    lines = [[f"N = {len(reference.baseline.labels):,}", "sampled", "baseline", "test set"]]
     for metric in METRICS:
         if estimate := measurement.estimates.get(metric.key):
             lines.append([metric.heading, metric_cell(metric, estimate, reference.baseline),
@@ -150,8 +149,8 @@ def explain(measurement: Measurement, reference: Reference, closer: float, data:
     baseline, classifier = reference.baseline, reference.classifier
     lines = ["Distances are multiples (x) of the baseline, the distance of real training images from the rest.",
              "Lower distances are closer; all else is best where the baseline is.",
-             f"±: standard errors; of the baseline, the spread of its {len(baseline.sets)} sets. The test set has a "
-             "baseline of as many images."]
+             f"±: standard errors; of the baseline, the spread of its {len(baseline.sets)} sets. The test set "
+             f"({len(reference.test_subset):,} images) has a baseline of as many."]
     if len(baseline.labels) < FEWEST_FOR_ERRORS:
         lines.append(f"Errors need at least {FEWEST_FOR_ERRORS:,} images.")
     if ratios := [(value / baseline.class_distances[k], k) for k, value in measurement.class_distances.items()]:

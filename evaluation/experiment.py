@@ -68,8 +68,8 @@ def main(config: Config, runtime: Runtime) -> int:
         measuring_request(name, current_model(new_state(recipe, runtime, *data)), recipe)
     plan = make_plan(recipes, runtime, data[0])
     missing = [training for training in plan if training.done < 1]
-    runtime.say(f"{len(recipes)} recipes, {config.trainings} trainings of each; {len(plan) - len(missing)} of "
-                f"{len(plan)} are finished already{minutes_left(missing, [])}.")
+    finished = f"; {len(plan) - len(missing)} of {len(plan)} are finished" if len(missing) < len(plan) else ""
+    runtime.say(f"{len(recipes)} recipes, {config.trainings} trainings of each{finished}{minutes_left(missing, [])}.")
     failed, seconds = set[str](), list[float]()  # names of trainings, seconds of trainings
     for number, training in enumerate(missing):
         runtime.say(f"Training {number + 1} of {len(missing)}: {training.recipe}, seed {training.config.seed}"
@@ -144,8 +144,8 @@ def minutes_left(missing: Sequence[Training], seconds: Sequence[float]) -> str:
         return ""
     if None in minutes:
         return "; the first training shows how long one takes"
-    left = sum((length or 0) * (1 - training.done) for length, training in zip(minutes, missing))
-    return f"; about {left:.0f} minutes of training are left"
+    left = max(1, round(sum((length or 0) * (1 - training.done) for length, training in zip(minutes, missing))))
+    return f"; about {left} minute{'s' * (left > 1)} of training to go"
 
 
 def load_sides(trainings: Sequence[Training], recipes: dict[str, Config], runtime: Runtime) -> list[Side]:
@@ -166,7 +166,7 @@ def compare(sides: Sequence[Side], config: Config, runtime: Runtime, train: Labe
     """Compares each side with the first, the baseline, as mode compare does."""
     references: list[Reference] = []  # the first process has one
     runtime.on_rank0(lambda: references.append(make_common_reference(sides, config, train, test)))
-    images = [sample_side(side, side.name) for side in sides]
+    images = [sample_side(side, side.name[:30]) for side in sides]
 
     def measure() -> list[Path]:
         measured = [measure_side(side, side_images, references[0]) for side, side_images in zip(sides, images)]
@@ -174,7 +174,7 @@ def compare(sides: Sequence[Side], config: Config, runtime: Runtime, train: Labe
         for side, side_images, estimates in zip(sides[1:], images[1:], measured[1:]):
             say("\n".join(["", *settings_differences(sides[0], side), *fairness(sides[0], side)]))
             differences, written = report([sides[0], side], [measured[0], estimates], references[0].baseline,
-                                          [images[0][0], side_images[0]])
+                                          [images[0][0], side_images[0]], legend=side is sides[-1])
             deciding += [difference for difference in differences if difference.metric.key == DECIDING]
             paths += written
         return paths + (summarize(sides, deciding) if len(deciding) > 1 else [])

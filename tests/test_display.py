@@ -12,6 +12,7 @@ import pytest
 
 import training.log
 from config import UserError
+from evaluation.experiment import Training, minutes_left
 from run import main
 from support.console import progress_bar, say
 from support.settings import EXAMPLES, parse
@@ -117,6 +118,17 @@ def test_a_resumed_run_shows_its_own_speed_and_the_time_that_remains(monkeypatch
     clock.seconds, state.step, state.history["seconds"], display.steps = 76.0, 510, 1005.0, 10
     display.show(0.25, log_now=True)
     assert capsys.readouterr().out == "epoch 5.1, 128 images/s, loss 0.2500, 04:54 remaining\n"  # 490 steps of 0.6 s
+
+
+def test_an_experiment_says_for_how_long_it_trains() -> None:
+    def to_go(flags: str, trainings: int, seconds: list[float], done: float = 0.0) -> str:
+        return minutes_left([Training("baseline", parse(flags.split()), done)] * trainings, seconds)
+
+    assert to_go("--minutes 5", 4, []) == "; about 20 minutes of training to go"
+    assert to_go("--minutes 0.05", 2, [], 0.5) == "; about 1 minute of training to go", "never 0"
+    assert to_go("--epochs 2", 3, []) == "; the first training shows how long one takes"
+    assert to_go("--epochs 2", 3, [100, 140]) == "; about 6 minutes of training to go"
+    assert to_go("--epochs 2", 0, []) == ""
 
 
 def test_a_notebook_gets_errors_and_stops_and_no_status(own_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
