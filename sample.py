@@ -21,7 +21,7 @@ from diffusion import Denoiser, Network, NoiseSchedule, make_denoiser
 from model import UNet
 from samplers import SAMPLERS, Randn, Steps, spaced_timesteps
 from support import checkpoint, plots, selection
-from support.console import progress_bar
+from support.console import progress_bar, say
 from support.files import make_folder, write_atomically, write_results
 from support.loading import NOTICE
 from support.precision import autocast
@@ -344,7 +344,7 @@ def write_images(folder: Path, images: Tensor, model: LoadedModel, request: Samp
             file, images=images[:, 0].numpy(), labels=request.labels.numpy())),  # uint8 [N, 28, 28], int64 [N]
         "sample.png": lambda path: plots.save_grid(path, grid, columns, source)}  # last: then all are there
     if len(grid) < len(images):
-        print(f"sample.png shows the first {len(grid):,} of {len(images):,} images; samples.npz holds all.", flush=True)
+        say(f"sample.png shows the first {len(grid):,} of {len(images):,} images; samples.npz holds all.")
     if options.write is not None:
         writers = {"number.png": lambda path: plots.save_number(path, images, source)}
     return write_results(folder, writers)

@@ -14,8 +14,9 @@ from support.runtime import Runtime
 GENERATED = ROOT / "dataset" / "generated"  # digits sampled by benchmarks/ship.py
 DARK = 128  # images none of whose pixels is this bright were hardly meant to be
 NOTICE = """
-NOT MNIST: these are the generated digits that ship with the project, sampled from its own model. The run is named
-"generated" unless you named it. For the real data set, put MNIST's four files into its folder, or run again online.
+NOT MNIST: these are the generated digits that ship with the project, sampled from its own model. \
+The run is named "generated" unless you named it. \
+For the real data set, put MNIST's four files into its folder, or run again online.
 """
 
 
