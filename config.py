@@ -118,8 +118,8 @@ class Config:
     # auto: the checkpoint's data set, else mnist, or offline the generated digits; idx: four files in --data-dir
     dataset: Literal["auto", "mnist", "fashion-mnist", "kmnist", "generated", "idx"] = "auto"
     data_dir: OptionalPath = None  # folder that holds mnist/MNIST/raw, or the four IDX files; unset: dataset/
-    # compare: two sides, each a run, a file, pretrained, or trainings a,b,c; quote a side to give it flags of its own:
-    # "mine --steps 25"
+    # compare: two sides, each a run, a file, pretrained, or trainings a,b,c; quote a side to give it its
+    # own flags: "mine --steps 25"
     runs: Annotated[tuple[str, str] | None, tyro.conf.arg(metavar="A B", help_behavior_hint="")] = None
     # experiment: the flags of each change, such as "--schedule linear" or "--focus 0" "--focus 0.35"
     change: Changes = ()

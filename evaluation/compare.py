@@ -25,6 +25,7 @@ from evaluation.reference import DECIDING, FEWEST, Baseline, Estimates, Referenc
 from evaluation.tables import aligned, metric_cell
 from sample import LoadedModel, SampleRequest, load_checkpoint, make_request, provenance, sample_images
 from support import loading, plots, selection, settings
+from support.console import say
 from support.files import make_folder, write_json, write_results
 from support.runtime import Runtime
 
@@ -58,16 +59,16 @@ def compare(sides: Sequence[Side], config: Config, runtime: Runtime, train: Labe
     """
     references: list[Reference] = []  # the first process has one
     runtime.on_rank0(lambda: references.append(make_common_reference(sides, config, train, test)))
-    images = [sample_side(side, "a" if side is sides[0] else "b") for side in sides]
+    images = [sample_side(side, side.name[:30]) for side in sides]
 
     def measure() -> tuple[list[Difference], list[Path]]:
         measured = [measure_side(side, side_images, references[0]) for side, side_images in zip(sides, images)]
         deciding, paths = list[Difference](), list[Path]()
         for side, side_images, estimates in zip(sides[1:], images[1:], measured[1:]):
             if introduction:
-                print("\n".join(introduction(sides[0], side)))
+                say("\n".join(introduction(sides[0], side)))
             differences, written = report([sides[0], side], [measured[0], estimates], references[0].baseline,
-                                          [images[0][0], side_images[0]])
+                                          [images[0][0], side_images[0]], legend=side is sides[-1])
             deciding += [difference for difference in differences if difference.metric.key == DECIDING]
             paths += written
         return deciding, paths
@@ -167,11 +168,12 @@ def settings_differences(a: Side, b: Side) -> list[str]:
     return lines
 
 
-def sample_side(side: Side, letter: str) -> list[Tensor]:
+def sample_side(side: Side, name: str) -> list[Tensor]:
     """The images uint8 [N, 1, 28, 28] of each of its networks, the same in every process."""
-    names = [selection.results_folder(model.path, model.digest).name for model in side.models]
-    return [to_uint8(sample_images(model, request, progress=f"sampling {letter}: {name}")[0])
-            for model, request, name in zip(side.models, side.requests, names)]
+    count = len(side.models)
+    numbers = [f" ({i + 1} of {count})" * (count > 1) for i in range(count)]
+    return [to_uint8(sample_images(model, request, progress=f"sampling {name}{number}")[0])
+            for model, request, number in zip(side.models, side.requests, numbers)]
 
 
 def measure_side(side: Side, images: Sequence[Tensor], reference: Reference) -> list[Estimates]:
@@ -200,7 +202,7 @@ def table(differences: Sequence[Difference], baseline: Baseline, images: int) ->
     return aligned(lines)
 
 
-def conclusion(sides: Sequence[Side], differences: Sequence[Difference], baseline: Baseline, images: int) -> str:
+def conclusion(sides: Sequence[Side], differences: Sequence[Difference], images: int) -> str:
     """What the deciding metric says, and what it can't say."""
     a, b = sides
     deciding = next(difference for difference in differences if difference.metric.key == DECIDING)
@@ -223,23 +225,31 @@ def conclusion(sides: Sequence[Side], differences: Sequence[Difference], baselin
         lines.append("This is about these two networks, not about their recipes: trainings of the default recipe that "
                      "differ by their seed alone differ by 10% (standard deviation). Train three a side to compare "
                      "recipes.")
-    lines += ["*: the interval excludes 0. The other metrics' intervals are each wrong one time in twenty.",
-              "Lower distances are closer; all else is best where the baseline is.",
-              "Changes of distances are in per cent, all others in percentage points."]
-    if (size := len(baseline.labels)) < images:
-        lines.append(f"The baseline has {size:,} images, as many as two disjoint sets of real images allow. Distances "
-                     "fall with the number of images, so these are no multiples of it.")
     return "\n".join(lines)
 
 
+def explain(baseline: Baseline, images: int) -> list[str]:
+    """What the table's numbers don't say by themselves, a line each."""
+    lines = ["*: the interval excludes 0. The other metrics' intervals are each wrong one time in twenty.",
+             "Lower distances are closer; all else is best where the baseline is.",
+             "Changes of distances are in per cent, all others in percentage points."]
+    if (size := len(baseline.labels)) < images:
+        lines.append(f"The baseline has {size:,} images, as many as two disjoint sets of real images allow. Distances "
+                     "fall with the number of images, so these are no multiples of it.")
+    return lines
+
+
 def report(sides: Sequence[Side], measured: Sequence[list[Estimates]], baseline: Baseline,
-           pictures: Sequence[Tensor]) -> tuple[list[Difference], list[Path]]:
-    """Prints the table and writes compare.json and compare.png: where the two sides differ most, and the intervals."""
+           pictures: Sequence[Tensor], *, legend: bool = True) -> tuple[list[Difference], list[Path]]:
+    """Prints the table, with what its numbers mean if `legend`, and writes compare.json and compare.png.
+
+    The picture shows where the two sides differ most, and the intervals.
+    """
     a, b = measured
     differences = compare_networks(a[0], b[0], baseline) if len(a) == len(b) == 1 else compare_trainings(a, b)
     images = len(pictures[0])
-    print(table(differences, baseline, images))
-    print(conclusion(sides, differences, baseline, images))
+    say(table(differences, baseline, images))
+    say("\n".join([conclusion(sides, differences, images), *(explain(baseline, images) if legend else ())]))
     content = {"images": images,
                "sides": [{"name": side.name, "networks": [
                    {**provenance(model, request), "metrics": rows(estimates)}

@@ -22,6 +22,7 @@ from evaluation.compare import Side, compare, make_side, measuring_request, resu
 from evaluation.differences import Difference
 from evaluation.tables import aligned
 from support import checkpoint, code, loading, plots, selection, settings
+from support.console import say
 from support.files import make_folder, write_json, write_results
 from support.runtime import Runtime
 from training.log import current_model
@@ -55,8 +56,8 @@ def main(config: Config, runtime: Runtime) -> int:
         measuring_request(name, current_model(new_state(recipe, runtime, *data)), recipe)
     plan = make_plan(recipes, runtime, data[0])
     missing = [training for training in plan if training.done < 1]
-    runtime.say(f"{len(recipes)} recipes, {config.trainings} trainings of each; {len(plan) - len(missing)} of "
-                f"{len(plan)} are finished already{minutes_left(missing, [])}.")
+    finished = f"; {len(plan) - len(missing)} of {len(plan)} are finished" if len(missing) < len(plan) else ""
+    runtime.say(f"{len(recipes)} recipes, {config.trainings} trainings of each{finished}{minutes_left(missing, [])}.")
     failed, seconds = set[str](), list[float]()  # names of trainings, seconds of trainings
     for number, training in enumerate(missing):
         runtime.say(f"Training {number + 1} of {len(missing)}: {training.recipe}, seed {training.config.seed}"
@@ -134,8 +135,8 @@ def minutes_left(missing: Sequence[Training], seconds: Sequence[float]) -> str:
         return ""
     if None in minutes:
         return "; the first training shows how long one takes"
-    left = sum((length or 0) * (1 - training.done) for length, training in zip(minutes, missing))
-    return f"; about {left:.0f} minutes of training are left"
+    left = max(1, round(sum((length or 0) * (1 - training.done) for length, training in zip(minutes, missing))))
+    return f"; about {left} minute{'s' * (left > 1)} of training to go"
 
 
 def load_sides(trainings: Sequence[Training], recipes: dict[str, Config], runtime: Runtime) -> list[Side]:
@@ -173,7 +174,7 @@ def summarize(sides: Sequence[Side], deciding: Sequence[Difference]) -> list[Pat
     for (name, *numbers), difference in zip(rows, deciding):
         change, low, high = map(difference.show, numbers)
         lines.append([name, change, f"{low} to {high} {'*' if difference.significant else ' '}"])
-    print(f"\n{aligned(lines)}\n*: the interval excludes 0.")
+    say(f"\n{aligned(lines)}\n*: the interval excludes 0.")
     content = {name: {"change": change, "interval": [low, high]} for name, change, low, high in rows}
     folder = make_folder(results_folder(sides, len(sides[0].requests[0].labels)))
     return write_results(folder, {

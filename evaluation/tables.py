@@ -30,7 +30,9 @@ def baseline_cell(metric: Metric, baseline: Baseline) -> str:
 
 
 def multiple(value: float, error: float | None) -> str:
-    """Three digits of a multiple of the baseline, fewer decimals for larger ones."""
+    """Three digits of a multiple of the baseline, fewer decimals for larger ones; what needs more is hopeless."""
+    if value >= 999.5:
+        return ">999x"
     return _with_error(f"{{:.{2 if value < 9.995 else 1 if value < 99.95 else 0}f}}", value, error) + "x"
 
 

@@ -6,7 +6,7 @@ appear whole or not at all, in folders that are there, and carry `metadata` as P
 
 import os
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -51,10 +51,21 @@ def save_grid(path: Path, images: ArrayLike, columns: int, metadata: Mapping[str
     _save_png(path, _tiles(to_grid(images, columns), 2)[0], metadata)
 
 
+def labelled_grid(images: ArrayLike, columns: int, titles: Iterable[str] = (),
+                  names: Iterable[str] = ()) -> Image.Image:
+    """Images [N, 1, 28, 28] row by row, three times their size: titles above the columns, names left of the rows."""
+    tiles, header = _tiles(images, 3), [_text(title, 84, 28) for title in titles]
+    rows: list[Any] = [tiles[start:start + columns] for start in range(0, len(tiles), columns)]
+    if margin := [_text(name, 120, 84, right=True) for name in names]:
+        rows = [[name, *row] for name, row in zip(margin, rows, strict=True)]
+        header = [_text("", 120, 28), *header]
+    return Image.fromarray(_page([header, *rows] if titles else rows, 4))
+
+
 def save_process(path: Path, states: ArrayLike, timesteps: Sequence[int], metadata: Mapping[str, str]) -> None:
     """PNG of the denoising process: states [K, n, 1, 28, 28], a row per image, a column per timestep, headed by it."""
-    columns = [_tiles(state, 3) for state in np.asarray(states)]  # [K, n, 84, 84]
-    _save_png(path, _page([[_text(f"t = {t}", 84, 28) for t in timesteps], *zip(*columns, strict=True)], 4), metadata)
+    images = np.swapaxes(np.asarray(states), 0, 1)  # [n, K, 1, 28, 28]
+    _save_png(path, np.asarray(labelled_grid(images, len(timesteps), [f"t = {t}" for t in timesteps])), metadata)
 
 
 def save_neighbours(path: Path, sampled: ArrayLike, nearest: ArrayLike, distances: Sequence[float],
@@ -188,7 +199,7 @@ def save_comparison(path: Path, pairs: tuple[ArrayLike, ArrayLike], names: tuple
     pairs: both sides' images [n, 1, 28, 28]; rows: (label, whether it is a distance, change, low, high) with the 95%
     interval low..high of the change, which is relative for distances and absolute for shares.
     """
-    heads = [_text(textwrap.fill(f"{letter}: {name}", 18), 200, 84, right=True) for letter, name in zip("ab", names)]
+    heads = [_text(_fold(f"{letter}: {name}", 18), 200, 84, right=True) for letter, name in zip("ab", names)]
     title = _text("Where a and b differ most: images from the same seeds", 600, 36)
     page = _page([[title], *([head, *_tiles(images, 3)] for head, images in zip(heads, pairs))], 8)
     parts = [[row for row in rows if row[1] == distance] for distance in (True, False)]
@@ -208,7 +219,7 @@ def save_intervals(path: Path, rows: Sequence[tuple[str, float, float, float]], 
     """PNG of how several changes move the class-wise distance: rows (name, change, low, high), relative ones."""
     with open_figure(path, 1200, 260 + 55 * len(rows), metadata) as figure:
         axes = figure.subplots()
-        _draw_intervals(axes, [(textwrap.fill(name, 30), change, low, high) for name, change, low, high in rows])
+        _draw_intervals(axes, [(_fold(name, 30), change, low, high) for name, change, low, high in rows])
         axes.set(title="Which change brings the samples closer to real images?",
                  xlabel="change of the class-wise distance (%); left of 0 is closer")
         figure.supxlabel(COLOURS, x=0.01, ha="left", fontsize="medium")
@@ -242,6 +253,11 @@ def _tiles(images: ArrayLike, scale: int = 1) -> np.ndarray:
     """[..., h, w] -> [N, scale * h, scale * w]."""
     array = np.asarray(images)
     return array.reshape(-1, *array.shape[-2:]).repeat(scale, axis=-2).repeat(scale, axis=-1)
+
+
+def _fold(name: str, width: int) -> str:
+    """The name in lines, with its flags whole."""
+    return textwrap.fill(name, width, break_on_hyphens=False)
 
 
 def _text(text: str, width: int, height: int, right: bool = False) -> np.ndarray:

@@ -37,10 +37,10 @@ class Runtime:
         """Images per network call when sampling: one fixed size, since convolutions round differently at others."""
         return 64 if self.device.type == "cpu" else 256
 
-    def say(self, *words: Any) -> None:
+    def say(self, text: str) -> None:
         """Prints in the first process alone."""
         if self.rank == 0:
-            console.say(*words)
+            console.say(text)
 
     def training_precision(self, wanted: Precision) -> Precision:
         """fp32 or bf16, for the convolutions and linear layers of training steps; auto: bf16 where it is fast."""
@@ -201,8 +201,8 @@ def memory_errors(config: Config, runtime: Runtime) -> Iterator[None]:
         advice = (f"a smaller --batch-size (now {config.train.batch_size}) or network (--channels, --blocks); what the "
                   "run has saved is kept" if config.mode == "train" else "a smaller --num-images")
         problem = f"not enough memory on {runtime.name()}{amount}: use {advice}"
-        if runtime.rank > 0:  # the first process alone prints errors, and it may not get to know of this one
-            print(f"error: process {runtime.rank}: {problem}", file=sys.stderr)
+        if runtime.rank > 0:  # of which the first process, which says the errors of all, may not know
+            console.say(f"error: process {runtime.rank}: {problem}", sys.stderr)
         raise UserError(problem) from None
 
 

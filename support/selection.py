@@ -10,6 +10,7 @@ from config import ROOT, Config, UserError
 from dataset import SOURCES
 from support import checkpoint, idx
 from support.checkpoint import LAST, PREVIOUS
+from support.console import say
 from support.files import dead_link, file_exists, set_aside
 from support.loading import NOTICE, data_folder
 from support.runtime import Runtime
@@ -64,7 +65,7 @@ def _mnist_or_generated(config: Config) -> str:
         except UserError as error:
             if config.data_dir is not None:
                 raise
-            print(f"{error}\n{NOTICE}", flush=True)
+            say(f"{error}\n{NOTICE}")
             return "generated"
     return "mnist"
 

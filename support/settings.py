@@ -20,8 +20,10 @@ from pydantic import TypeAdapter, ValidationError
 from config import Config, ModelConfig, OnlyFor, SampleConfig, UserError
 
 EXAMPLES = """examples:
-  python run.py --minutes 10 --name mine              trains for ten minutes, then samples
-  python run.py --mode sample --name mine --digits 7  samples 256 sevens from that run"""
+  python run.py --minutes 10 --name mine
+      trains for ten minutes, then samples
+  python run.py --mode sample --name mine --digits 7
+      samples 256 sevens from that run"""
 PATTERNS = {"digits": "give classes, such as 7 or 0123456789, or none", "write": "give a number of 1 to 64 digits",
             "name": "use up to 100 letters, digits, dots, dashes and underscores, not starting with a dot or dash",
             "device": "use auto, cpu, mps, cuda or cuda:N"}

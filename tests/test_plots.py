@@ -95,6 +95,19 @@ def test_process_has_a_row_per_image_and_a_headed_column_per_timestep(tmp_path, 
     np.testing.assert_array_equal(picture[:header, -2:], 255)
 
 
+def test_labelled_grid_has_titles_above_its_columns_and_names_beside_its_rows(rng):
+    images = noise(rng, 6, 1, 28, 28)
+    picture = np.asarray(plots.labelled_grid(images, 3, titles="123", names=["noisy", "guess"]))
+    assert picture.shape == (4 + 28 + 2 * 88 + 4, 4 + 120 + 3 * 88 + 4)
+    np.testing.assert_array_equal(picture[:36, :124], 255)  # no column has the names
+    for i, image in enumerate(images[:, 0]):
+        y, x = 36 + 88 * (i // 3), 128 + 88 * (i % 3)
+        np.testing.assert_array_equal(picture[y:y + 84:3, x:x + 84:3], image)
+        assert picture[:36, x:x + 84].min() < 100 and picture[y:y + 84, 4:124].min() < 100
+    plain = np.asarray(plots.labelled_grid(images, 3))
+    np.testing.assert_array_equal(plain, picture[32:, 124:])
+
+
 def test_process_shrinks_headers_that_are_too_wide(tmp_path, rng):
     plots.save_process(tmp_path / "p.png", noise(rng, 3, 6, 28, 28), [100_000, 50_000, 0], METADATA)
     picture = np.asarray(Image.open(tmp_path / "p.png"))[:26]
@@ -374,6 +387,15 @@ def test_comparison_draws_the_interval_of_each_change(tmp_path, rng, figures):
         low, high = axes.get_xlim()
         assert low == -high and all(high > abs(end) for line in intervals for end in line.get_xdata())
         assert any(list(line.get_xdata()) == [0, 0] for line in axes.lines), "a line at no change"
+
+
+def test_an_experiment_shows_the_interval_of_each_change_and_keeps_flags_whole(tmp_path, figures):
+    rows = [("--spacing trailing --guidance-interval 0.3 0.5", -0.1, -0.2, -0.05), ("--focus 0", 0.1, -0.1, 0.2)]
+    plots.save_intervals(tmp_path / "e.png", rows, METADATA)
+    axes, = figures[0].axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == [
+        "--spacing trailing\n--guidance-interval 0.3 0.5", "--focus 0"]
+    assert [line.get_color() for line in axes.lines[:2]] == [plots.BLUE, plots.GREY]
 
 
 def test_comparison_with_static_does_not_flatten_everything_else(tmp_path, rng, figures):
