@@ -1,6 +1,6 @@
 """The images: which data sets there are, a data set as two tensors on the device, and the random batch of a step.
 
-How a data set is found and read is in support/data.py.
+How a data set is found and read is in support/loading.py.
 """
 
 import hashlib

@@ -3,7 +3,6 @@
 import contextlib
 import json
 import math
-from operator import methodcaller
 from pathlib import Path
 from typing import Any, cast
 
@@ -28,7 +27,7 @@ from sample import (
 )
 from support import loading, plots, selection
 from support.console import say
-from support.files import make_folder, set_aside, write_atomically, write_results
+from support.files import make_folder, set_aside, write_json, write_results
 from support.runtime import Runtime
 
 COPIES = 0.03  # share of images nearer than the test set's nearest 1% from which copying is reported
@@ -113,8 +112,7 @@ def report(images: Tensor, model: LoadedModel, request: SampleRequest, reference
     if (old := keep_other_report(folder, identity)) is not None:
         say(f"The report of other settings or weights that was there is now in {old}.")
     writers = {
-        "metrics.json": lambda path: write_atomically(
-            path, methodcaller("write", json.dumps(content, indent=1).encode())),
+        "metrics.json": lambda path: write_json(path, content),
         "neighbours.png": lambda path: save_neighbours(path, images, request.labels, neighbours, reference, source)}
     if reference.classifier is not None:
         writers["evaluation.png"] = lambda path: plots.save_evaluation(

@@ -12,30 +12,18 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from operator import methodcaller
 from pathlib import Path
 from statistics import fmean
 from typing import NamedTuple
 
 from config import Config, UserError
 from dataset import LabelledImages, describe
-from evaluation.compare import (
-    Side,
-    make_common_reference,
-    make_side,
-    measure_side,
-    measuring_request,
-    report,
-    results_folder,
-    sample_side,
-    settings_differences,
-)
+from evaluation.compare import Side, compare, make_side, measuring_request, results_folder, settings_differences
 from evaluation.differences import Difference
-from evaluation.reference import DECIDING, Reference
 from evaluation.tables import aligned
 from support import checkpoint, code, loading, plots, selection, settings
 from support.console import say
-from support.files import make_folder, write_atomically, write_results
+from support.files import make_folder, write_json, write_results
 from support.runtime import Runtime
 from training.log import current_model
 from training.loop import run_training
@@ -87,7 +75,10 @@ def main(config: Config, runtime: Runtime) -> int:
             runtime.say(f"  It failed: {error}.")
     sides = load_sides([training for training in plan if training.config.name not in failed], recipes, runtime)
     if len(sides) > 1:
-        compare(sides, config, runtime, *data)
+        deciding = compare(sides, config, runtime, *data, introduction=lambda a, b: [
+            "", *settings_differences(a, b), *fairness(a, b)])
+        for path in runtime.on_rank0(lambda: summarize(sides, deciding) if len(deciding) > 1 else []):
+            runtime.say(f"  {path}")
     return 0
 
 
@@ -161,28 +152,6 @@ def load_sides(trainings: Sequence[Training], recipes: dict[str, Config], runtim
     return sides if sides and sides[0].name == BASELINE else []
 
 
-def compare(sides: Sequence[Side], config: Config, runtime: Runtime, train: LabelledImages,
-            test: LabelledImages) -> None:
-    """Compares each side with the first, the baseline, as mode compare does."""
-    references: list[Reference] = []  # the first process has one
-    runtime.on_rank0(lambda: references.append(make_common_reference(sides, config, train, test)))
-    images = [sample_side(side, side.name[:30]) for side in sides]
-
-    def measure() -> list[Path]:
-        measured = [measure_side(side, side_images, references[0]) for side, side_images in zip(sides, images)]
-        paths, deciding = [], list[Difference]()
-        for side, side_images, estimates in zip(sides[1:], images[1:], measured[1:]):
-            say("\n".join(["", *settings_differences(sides[0], side), *fairness(sides[0], side)]))
-            differences, written = report([sides[0], side], [measured[0], estimates], references[0].baseline,
-                                          [images[0][0], side_images[0]], legend=side is sides[-1])
-            deciding += [difference for difference in differences if difference.metric.key == DECIDING]
-            paths += written
-        return paths + (summarize(sides, deciding) if len(deciding) > 1 else [])
-
-    for path in runtime.on_rank0(measure):
-        runtime.say(f"  {path}")
-
-
 def fairness(a: Side, b: Side) -> list[str]:
     """Whether equal minutes were equal work: the images that each side saw, and trainings on a busy machine."""
     if any(model.settings["train"]["minutes"] is None for side in (a, b) for model in side.models):
@@ -209,6 +178,5 @@ def summarize(sides: Sequence[Side], deciding: Sequence[Difference]) -> list[Pat
     content = {name: {"change": change, "interval": [low, high]} for name, change, low, high in rows}
     folder = make_folder(results_folder(sides, len(sides[0].requests[0].labels)))
     return write_results(folder, {
-        "experiment.json": lambda path: write_atomically(
-            path, methodcaller("write", json.dumps(content, indent=1).encode())),
+        "experiment.json": lambda path: write_json(path, content),
         "experiment.png": lambda path: plots.save_intervals(path, rows, {"baseline": sides[0].models[0].digest})})

@@ -17,9 +17,9 @@ Place = namedtuple("Place", "rank world local_rank local_world", defaults=(0, 1,
 def place() -> Place:
     """This process's place, from torchrun's environment; alone unless all of it is there and makes sense."""
     try:
-        found = Place(*(int(os.environ[name]) for name in TORCHRUN[:4]))
-        sensible = 0 <= found.local_rank <= found.rank < found.world and found.local_rank < found.local_world
-        return found if sensible and all(os.environ[name] for name in TORCHRUN) else Place()
+        rank, world, local_rank, local_world = numbers = Place(*(int(os.environ[name]) for name in TORCHRUN[:4]))
+        sensible = 0 <= local_rank <= rank < world and local_rank < local_world
+        return numbers if sensible and all(os.environ[name] for name in TORCHRUN) else Place()
     except (KeyError, ValueError):
         return Place()
 

@@ -121,8 +121,8 @@ def _read_idx(folder: Path, name: str, digests: Mapping[str, str], advice: str) 
     packed = f"{name}.gz" in digests
     digest = hashlib.md5(path.read_bytes() if packed else header + body, usedforsecurity=False).hexdigest()
     if digest != digests.get(path.name if packed else name, digest):
-        other = next((known for known, value in digests.items() if value == digest), "no file of this set")
-        raise bad(f"wrong content: that of {other} (MD5 {digest})")
+        origin = next((file for file, value in digests.items() if value == digest), "no file of this set")
+        raise bad(f"wrong content: that of {origin} (MD5 {digest})")
     for older in paths[1:] if not digests else []:
         with contextlib.suppress(OSError, EOFError, zlib.error), _open(older) as file:
             if file.read(len(header) + size + 1) != header + body:

@@ -1,8 +1,10 @@
 """Which checkpoint, run, data set and results folder are meant: decided here alone, before a mode does anything."""
 
 import os
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from config import ROOT, Config, UserError
 from dataset import SOURCES
@@ -37,22 +39,21 @@ def settle(config: Config, runtime: Runtime) -> Config:
     elif config.mode == "train" and config.name is not None and not config.train.fresh:
         path = run_path(config.name)
     if config.dataset == "auto" and config.mode != "sample":
-        known = runtime.on_rank0(lambda: data_name(path, config) if path and file_exists(path) else None)
-        config = replace(config, dataset=known or runtime.on_rank0(lambda: _mnist_or_generated(config)))
+        name = runtime.on_rank0(lambda: data_name(checkpoint.load(path)["history"].get("data", {}), config)
+                                if path and file_exists(path) else None)
+        config = replace(config, dataset=name or runtime.on_rank0(lambda: _mnist_or_generated(config)))
     if config.dataset == "idx" and config.data_dir is None and config.mode != "sample":
         raise UserError("--dataset idx: say with --data-dir in which folder its four IDX files are")
     return replace(config, name=config.name or config.dataset) if config.mode == "train" else config
 
 
-def data_name(path: Path, config: Config) -> str | None:
-    """The --dataset on which a checkpoint was trained, None if this version does not have it.
+def data_name(data: Mapping[str, Any], config: Config) -> str | None:
+    """The --dataset of the training images that are so described; None if this version does not have it.
 
     Also None for the generated digits where --data-dir, which they don't use, was given: it is never ignored.
     """
-    data = checkpoint.load(path)["history"].get("data")
-    name = data.get("name") if isinstance(data, dict) else None
     usable = (*SOURCES, "idx") if config.data_dir is not None else (*SOURCES, "idx", "generated")
-    return name if name in usable else None
+    return data["name"] if data.get("name") in usable else None
 
 
 def _mnist_or_generated(config: Config) -> str:

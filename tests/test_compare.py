@@ -58,7 +58,7 @@ def test_a_comparison_end_to_end(two: list[str], monkeypatch: pytest.MonkeyPatch
         assert said in output, said
     assert "they did not see as many images" not in output
     assert output.count("note: the images are still static: the network has seen 6,400,") == 2  # as mode sample says
-    assert bars == ["sampling a", "sampling b"]
+    assert bars == ["sampling one", "sampling two"]
     assert output.index("Measuring the real images") < output.index("note: the images")
     folder, = Path("results/compare").iterdir()
     assert folder.name.startswith("one-vs-two-")
@@ -160,6 +160,8 @@ def test_the_folder_follows_from_the_two_sides(two: list[str]) -> None:
     save_network(Path("né, 数" + 60 * "x" + ".safetensors"), 3)
     strange = results_folder(sides("one", "né, 数" + 60 * "x" + ".safetensors --steps 3"), 1000)
     assert len(strange.name) < 100 and not set(strange.name) & set(' ,:*?"<>|\\/')
+    many = [side._replace(name=f"--lr 0.{i:040}") for i, side in enumerate(sides("one", "two") * 10)]
+    assert len(results_folder(many, 1000).name) < 100
 
 
 # Differences

@@ -104,7 +104,7 @@ def test_too_short_linear_schedule_is_a_user_error(timesteps):
 
 def test_unknown_schedule_is_a_user_error():
     with pytest.raises(UserError, match="--schedule"):
-        schedule_of("sigmoid")
+        schedule_of("no such schedule")
 
 
 @pytest.mark.parametrize("name, timesteps", SCHEDULES)
