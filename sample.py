@@ -4,6 +4,7 @@ An image and all its noise follow from (seed, image index) alone: every image is
 fixed size, so that it comes out the same alone, among many, and on any number of processes.
 """
 
+import inspect
 import operator
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -27,7 +28,7 @@ from support.loading import NOTICE
 from support.precision import autocast
 from support.randomness import LABEL_STREAM, NOISE_STREAM, generator
 from support.runtime import Runtime, make_runtime
-from support.settings import SAMPLER_OF, SAMPLING, network_settings, validate
+from support.settings import SAMPLING, network_settings, validate
 
 SHOWN = 6  # images in the pictures of the process
 COLUMNS, FRAMES = 15, 60  # states in process.png and in process.gif, at most
@@ -214,10 +215,10 @@ def count_evaluations(schedule: NoiseSchedule, request: SampleRequest) -> int:
 def run_sampler(network: Network, schedule: NoiseSchedule, labels: Tensor, request: SampleRequest, x: Tensor,
                 randn: Randn) -> Steps:
     """The request's sampler, with its own options and guidance, from x [N, 1, H, W] on; labels int64 [N]."""
-    options = request.options
-    knobs = {name: getattr(options, name) for name, sampler in SAMPLER_OF.items() if sampler == options.sampler}
+    sampler = SAMPLERS[request.options.sampler]
+    knobs = {name: getattr(request.options, name) for name in inspect.signature(sampler).parameters if name in SAMPLING}
     denoise = make_denoiser(network, schedule, labels, request.guidance, request.interval)
-    return SAMPLERS[options.sampler](denoise, schedule, x, request.timesteps, randn, **knobs)
+    return sampler(denoise, schedule, x, request.timesteps, randn, **knobs)
 
 
 def choose_labels(digits: str | None, seed: int, indices: Sequence[int], classes: Sequence[int]) -> Tensor:

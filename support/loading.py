@@ -33,13 +33,14 @@ def data_folder(config: Config, name: str) -> Path:
 
 def load_split(config: Config, split: str) -> LabelledImages:
     """The split "train" or "test" of the data set of a settled config; raises UserError."""
-    name, digests, advice = config.dataset, idx.GENERATED_MD5, "get it again from the project's repository"
-    folder = GENERATED
-    if name == "idx":
+    name = config.dataset
+    if name == "generated":
+        folder, digests, advice = GENERATED, idx.GENERATED_MD5, "get it again from the project's repository"
+    elif name == "idx":
         folder, digests, advice = data_folder(config, name), {}, "replace it, or choose another --data-dir"
         if os.path.isdir(folder / "MNIST" / "raw"):
             folder = folder / "MNIST" / "raw"
-    elif name in SOURCES:
+    else:
         digests, advice = dict(SOURCES[name].digests), "delete it to have it downloaded again, or replace it"
         folder = SOURCES[name].folder(data_folder(config, name), name)
         if not idx.is_complete(folder, digests):
