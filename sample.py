@@ -77,7 +77,7 @@ class LoadedModel:
     @property
     def classes(self) -> list[int]:
         """The classes that the network was trained on."""
-        return [k for k, count in enumerate(self.data.get("classes", [1] * CLASSES)) if count]
+        return [k for k, count in enumerate(self.data.get("classes") or [1] * CLASSES) if count]
 
     def sample(self, labels: str | int | Sequence[int] | None = "0123456789", num_images: int | None = None,
                seed: int = 0, *, trajectory: bool = False, **options: Any) -> Any:

@@ -273,6 +273,6 @@ def report(sides: Sequence[Side], measured: Sequence[list[Estimates]], baseline:
 
 def results_folder(sides: Sequence[Side], count: int) -> Path:
     """results/compare/A-vs-B-DIGEST: another pair, number of images, seed or way to sample has another folder."""
-    names = "-vs-".join(re.sub(r"[^\w.-]+", "-", side.name)[:40].strip("-.") for side in sides)[:90]
+    names = "-vs-".join(re.sub(r"[^\w.]+", "-", side.name)[:40].strip("-.") for side in sides)[:90]
     key = json.dumps([count, *(provenance(*pair) for side in sides for pair in zip(side.models, side.requests))])
     return Path("results", "compare", f"{names}-{hashlib.sha256(key.encode()).hexdigest()[:8]}")

@@ -152,6 +152,7 @@ def test_the_folder_follows_from_the_two_sides(two: list[str]) -> None:
               results_folder(sides("one", "two"), 2000), results_folder(sides("one", "two", 1), 1000),
               results_folder(sides("one", "two --steps 3"), 1000), results_folder(sides("one,two", "two"), 1000),
               results_folder(sides("one", "./checkpoints/two/last.safetensors"), 1000)]
+    assert others[4].name.startswith("one-vs-two-steps-3-")
     assert len(set(others)) == len(others) and {path.parent for path in others} == {Path("results/compare")}
     assert results_folder(sides("one", "two"), 1000) == others[0]
     save_network(Path("checkpoints/two/last.safetensors"), 2)  # the name is the same, the weights are not

@@ -13,6 +13,7 @@ import pytest
 import training.log
 from config import UserError
 from evaluation.experiment import Training, minutes_left
+from evaluation.reference import FEWEST
 from run import main
 from support.console import progress_bar, say
 from support.settings import EXAMPLES, parse
@@ -90,6 +91,8 @@ def test_a_file_has_no_bar_but_a_line_at_each_log_point(variable: str, folder: P
         program = start(folder, *RUN)
         said = program.finish()
         assert program.errors == ""
+        note = r"^note: all metrics of --mode evaluate take 400 .* class and 200 test images; here are \d and 32\.$"
+        assert re.search(note, said, re.MULTILINE) and training.log.MEASURED == (2 * FEWEST, FEWEST)
     assert "%|" not in said and "\r" not in said
     lines = re.findall(r"^epoch \d\.\d, [\d,]+ images/s, loss \d\.\d{4}, \d\d:\d\d remaining$", said, re.MULTILINE)
     rows = (folder / "results/mine/metrics.csv").read_text().splitlines()[1:]

@@ -769,7 +769,7 @@ def sample_badly(model: Any, request: Any) -> Iterator[torch.Tensor]:
     yield torch.zeros(len(request.indices), 1, 28, 28)
 
 
-def report_badly(*_: Any) -> None:
+def report_badly(*_: Any, **__: Any) -> None:
     raise UserError("the first process has a problem")
 
 

@@ -32,6 +32,7 @@ TEST_IMAGES = 1000  # of the test loss
 LEVELS = 10  # bins of t
 PREVIEW_STEPS = 10
 LOG_SHARE = 0.1  # of the training time
+MEASURED = 400, 200  # training images of each class, and test images, that all metrics of mode evaluate take
 
 
 def announce(state: TrainingState, before: TrainConfig | None) -> None:
@@ -46,6 +47,10 @@ def announce(state: TrainingState, before: TrainConfig | None) -> None:
         if runtime.device.type == "cpu" and options.minutes is None:
             runtime.say("The time remaining is shown below; --minutes 10 gives a first result on a CPU.")
         runtime.say(previews)
+        fewest, test = min(count for count in state.history["data"]["classes"] if count), len(state.test)
+        if fewest < MEASURED[0] or test < MEASURED[1]:
+            runtime.say("note: all metrics of --mode evaluate take {} training images of each class and {} test "
+                        "images; here are {} and {}.".format(*MEASURED, fewest, test))
         return
     was, now = (learning_rate(o, state.step, state.progress(o)) for o in (before, options))
     runtime.say(f"Resuming the run in checkpoints/{name} ({state.effort()}) at a learning rate of {now:.2g}.")
