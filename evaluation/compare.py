@@ -9,11 +9,11 @@ import json
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from operator import methodcaller
 from pathlib import Path
 from statistics import fmean
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -101,8 +101,7 @@ def load_images(sides: Sequence[Side], config: Config,
                 runtime: Runtime) -> tuple[Config, LabelledImages, LabelledImages]:
     """The config with its data set decided, and the training and test images; raises UserError if they don't fit."""
     model = require_same_images(sides)
-    known = selection.data_name(model.path, config) if config.dataset == "auto" else None
-    config = selection.settle(replace(config, dataset=cast(Any, known or config.dataset)), runtime)
+    config = selection.settle(config, runtime, model.path)
     train, test = loading.load_both(config, runtime)
     require_training_images(model, describe(train, config.dataset), explicit=False)
     if len(train.labels.unique()) == 1:

@@ -3,6 +3,7 @@
 import os
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from config import ROOT, Config, UserError
 from dataset import SOURCES
@@ -17,14 +18,14 @@ RUNS = Path("checkpoints")  # the folder of the user's runs
 PRETRAINED = ROOT / "checkpoints" / "pretrained.safetensors"
 
 
-def settle(config: Config, runtime: Runtime) -> Config:
+def settle(config: Config, runtime: Runtime, path: Path | None = None) -> Config:
     """The config with its checkpoint, name and data set decided, which is the first step of every mode.
 
     In modes sample and evaluate, `sample.checkpoint` becomes a file. Unless --dataset is given, the data set is the
     checkpoint's own; for a new run it is MNIST or, where MNIST is unavailable and no --data-dir was given, generated
-    digits. Raises UserError for a run that does not exist and for unavailable data.
+    digits. Pictures are inverted as those of the checkpoint were. `path`: the checkpoint, where a mode has chosen it.
+    Raises UserError for a run that does not exist and for unavailable data.
     """
-    path = None
     if config.mode in ("sample", "evaluate"):
         path = find(config)
         if path == PRETRAINED and config.sample.checkpoint is None:
@@ -33,25 +34,37 @@ def settle(config: Config, runtime: Runtime) -> Config:
                 missing, hint = "There is no run named mnist", f"{list_runs()} Choose one with --name."
             runtime.say(f"{missing}, so this uses the pretrained weights, which come with the project.{hint}")
         config = replace(config, sample=replace(config.sample, checkpoint=path))
-    elif config.mode == "train" and config.name is not None and not config.train.fresh:
-        path = run_path(config.name)
-    if config.dataset == "auto" and config.mode != "sample":
-        known = runtime.on_rank0(lambda: data_name(path, config) if path and file_exists(path) else None)
+    elif config.mode == "train" and (config.name or config.dataset != "auto") and not config.train.fresh:
+        path = run_path(config.name or config.dataset)
+    if config.mode == "sample":
+        return config
+    if config.dataset == "auto":
+        known = runtime.on_rank0(lambda: data_name(path, config))
         config = replace(config, dataset=known or runtime.on_rank0(lambda: _mnist_or_generated(config)))
-    if config.dataset == "idx" and config.data_dir is None and config.mode != "sample":
-        raise UserError("--dataset idx: say with --data-dir in which folder its four IDX files are")
+    if config.dataset == "folder":
+        if config.invert is None:
+            config = replace(config, invert=runtime.on_rank0(lambda: stored_data(path).get("inverted")))
+    elif config.invert is not None:
+        raise UserError("--invert, --no-invert: only pictures of --dataset folder are inverted; leave it out")
+    if config.dataset in ("folder", "idx") and config.data_dir is None:
+        files = "the pictures" if config.dataset == "folder" else "its four IDX files"
+        raise UserError(f"--dataset {config.dataset}: say with --data-dir in which folder {files} are")
     return replace(config, name=config.name or config.dataset) if config.mode == "train" else config
 
 
-def data_name(path: Path, config: Config) -> str | None:
-    """The --dataset on which a checkpoint was trained, None if this version does not have it.
+def stored_data(path: Path | None) -> dict[str, Any]:
+    """What a checkpoint, if there is one, stores of the images that it was trained on (`dataset.describe`)."""
+    data = checkpoint.load(path)["history"].get("data") if path and file_exists(path) else None
+    return data if isinstance(data, dict) else {}
+
+
+def data_name(path: Path | None, config: Config) -> Any:
+    """The --dataset on which a checkpoint was trained, None if there is none or this version does not have it.
 
     Also None for the generated digits where --data-dir, which they don't use, was given: it is never ignored.
     """
-    data = checkpoint.load(path)["history"].get("data")
-    name = data.get("name") if isinstance(data, dict) else None
-    usable = (*SOURCES, "idx") if config.data_dir is not None else (*SOURCES, "idx", "generated")
-    return name if name in usable else None
+    name, usable = stored_data(path).get("name"), (*SOURCES, "folder", "idx")
+    return name if name in usable or name == "generated" and config.data_dir is None else None
 
 
 def _mnist_or_generated(config: Config) -> str:
