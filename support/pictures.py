@@ -68,9 +68,9 @@ def read_folder(folder: Path, invert: bool | None, classes: int) -> Pictures:
     if inverted:
         images = 255 - images
     chosen = {"train": readable & ~test, "test": readable & test}
-    named = f", of {len(class_names)} classes: {', '.join(map('{} ({})'.format, range(classes), class_names))}"
+    named = ", ".join(f"{k} ({name})" for k, name in enumerate(class_names))
     say(f"{folder}: {chosen['train'].sum():,} pictures to train on and {chosen['test'].sum():,} to test on"
-        f"{named * bool(class_names)}.")
+        f"{'; classes: ' * bool(named)}{named}.")
     if inverted and invert is None:
         say("Most of them have bright borders, so they are taken to be dark on light and are inverted; --no-invert "
             "leaves them as they are.")

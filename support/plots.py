@@ -175,7 +175,7 @@ def save_evaluation(path: Path, report: Mapping[str, Any], metadata: Mapping[str
         axes, histogram = panels["classes"], report["histogram"]
         _draw_bars(axes, {label: 100 * np.asarray(histogram[key]) / np.sum(histogram[key])
                           for label, key in (("sampled", "model"), ("asked for", "asked"))}, report["classes"])
-        axes.tick_params(axis="x", rotation=35 * (max(map(len, report["classes"])) > 2))
+        axes.tick_params(axis="x", rotation=35 * (max(len(str(name)) for name in report["classes"]) > 2))
         axes.set(title="Classes", xlabel="class, as the classifier reads it", ylabel="share (%)")
         axes, shares = panels["overlap"], ("precision", "recall", "coverage")
         _draw_bars(axes, {name: [row[share] for share in shares] for name, row in report["overlap"].items()}, shares,
