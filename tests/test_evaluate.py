@@ -291,7 +291,7 @@ def test_copying_is_said(four_classes: Reference) -> None:
         measured = four_classes.measure(images, base.labels)
         closer = share_closer(*(nearest(each, four_classes.train.images)[0]
                                 for each in (images, four_classes.test_subset.images)))
-        said = evaluate.explain(measured, four_classes, closer, "mnist")
+        said = evaluate.explain(measured, four_classes, closer, {})
         assert f"Copying: {closer:.2%} of samples" in said and ("That is far too many." in said) == copied
 
 
@@ -320,7 +320,7 @@ def test_classes_are_shown_in_order_and_only_those_that_are_there(four_classes: 
 def test_a_distance_that_is_missing_has_its_reason(four_classes: Reference) -> None:
     few = FEW["train"].images[:200], FEW["train"].labels[:200]
     assert "No class-wise distance: too few images of a class" in evaluate.explain(
-        four_classes.measure(*few), four_classes, 0.0, "mnist")
+        four_classes.measure(*few), four_classes, 0.0, {})
 
 
 def test_neighbours_are_the_nearest_pair_of_each_class(four_classes: Reference, tmp_path: Path,

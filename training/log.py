@@ -41,13 +41,13 @@ def announce(state: TrainingState, before: TrainConfig | None) -> None:
     options, runtime, name = state.config.train, state.runtime, state.config.name
     parameters = sum(weight.numel() for weight in state.learner.network.parameters())
     processes = f", {runtime.world} processes" if runtime.world > 1 else ""
-    if before is None and (init := state.history.get("init")):
-        learned = "" if init["same_classes"] else " Its images are others, so the classes are learned anew."
-        runtime.say(f"It starts from the averaged weights of {options.init} ({init['weights']}).{learned}")
     previews = f"Previews (preview-*.png) and the loss (loss.png) appear in {state.results}/ as it trains."
     runtime.say(f"Training {name} for {length(options)} on {runtime.name()}{processes}, {state.config.precision}: "
                 f"{parameters / 1e6:.2f} M parameters.")
     if before is None:
+        if init := state.history.get("init"):
+            learned = "" if init["same_classes"] else " Its images are others, so the classes are learned anew."
+            runtime.say(f"It starts from the averaged weights of {options.init} ({init['weights']}).{learned}")
         if runtime.device.type == "cpu" and options.minutes is None:
             runtime.say("The time remaining is shown below; --minutes 10 gives a first result on a CPU.")
         fewest, test = min(filter(None, state.history["data"]["classes"])), len(state.test)
