@@ -36,6 +36,10 @@ class NoiseSchedule:
     weighting: str = "none"
     tables: dict[torch.device, dict[str, Tensor]] = field(default_factory=dict, init=False, repr=False)
 
+    def __post_init__(self) -> None:
+        if self.alpha_bar[0] != 1 or (self.alpha_bar.diff() >= 0).any():
+            raise ValueError("alpha_bar has to begin with 1 and to descend")
+
     timesteps = property(lambda self: len(self.alpha_bar) - 1)
     alpha = cached_property(lambda self: self.alpha_bar.sqrt())  # scale of the signal
     sigma = cached_property(lambda self: (1 - self.alpha_bar).sqrt())  # standard deviation of the noise
@@ -82,7 +86,7 @@ def make_schedule(config: DiffusionConfig) -> NoiseSchedule:
         f = torch.cos((torch.arange(steps + 1, dtype=torch.float64) / steps + 0.008) / 1.008 * math.pi / 2).square()
         beta = (1 - f[1:] / f[:-1]).clamp(max=0.999)
     else:
-        raise UserError(f"--schedule {config.schedule}: there is no such schedule; choose cosine or linear")
+        raise UserError(f"--schedule {config.schedule}: diffusion.py has no such schedule")
     alpha_bar = torch.cat([torch.ones(1, dtype=torch.float64), (1 - beta).cumprod(0)])
     return NoiseSchedule(alpha_bar, config.prediction, config.weighting)
 

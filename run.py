@@ -29,7 +29,7 @@ def main(argv: list[str] | None = None) -> int | None:
             if notebook:
                 raise
             if console.place().rank == 0:
-                print(f"error: {error}", file=sys.stderr)
+                console.say(f"error: {error}", sys.stderr)
             status = 2
         except KeyboardInterrupt:
             status = 130

@@ -4,6 +4,7 @@ An image and all its noise follow from (seed, image index) alone: every image is
 fixed size, so that it comes out the same alone, among many, and on any number of processes.
 """
 
+import inspect
 import operator
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -21,13 +22,13 @@ from diffusion import Denoiser, Network, NoiseSchedule, make_denoiser
 from model import UNet
 from samplers import SAMPLERS, Randn, Steps, spaced_timesteps
 from support import checkpoint, plots, selection
-from support.console import progress_bar
+from support.console import progress_bar, say
 from support.files import make_folder, write_atomically, write_results
 from support.loading import NOTICE
 from support.precision import autocast
 from support.randomness import LABEL_STREAM, NOISE_STREAM, generator
 from support.runtime import Runtime, make_runtime
-from support.settings import SAMPLER_OF, SAMPLING, network_settings, validate
+from support.settings import SAMPLING, network_settings, validate
 
 SHOWN = 6  # images in the pictures of the process
 COLUMNS, FRAMES = 15, 60  # states in process.png and in process.gif, at most
@@ -62,8 +63,7 @@ class LoadedModel:
 
     @property
     def data(self) -> dict[str, Any]:
-        data = self.history.get("data")
-        return data if isinstance(data, dict) else {}
+        return self.history.get("data", {})
 
     @property
     def images_seen(self) -> int:
@@ -72,14 +72,12 @@ class LoadedModel:
 
     @property
     def label_dropout(self) -> float:
-        share = self.settings.get("train", {}).get("label_dropout")
-        return float(share) if isinstance(share, (int, float)) else 0.1  # the first default
+        return self.settings.get("train", {}).get("label_dropout", 0.1)  # the first default
 
     @property
     def classes(self) -> list[int]:
         """The classes that the network was trained on."""
-        counts = self.data.get("classes") or [1] * CLASSES
-        return [k for k, count in enumerate(counts) if count]
+        return [k for k, count in enumerate(self.data.get("classes", [1] * CLASSES)) if count]
 
     def sample(self, labels: str | int | Sequence[int] | None = "0123456789", num_images: int | None = None,
                seed: int = 0, *, trajectory: bool = False, **options: Any) -> Any:
@@ -145,15 +143,12 @@ def load_checkpoint(path: Path, runtime: Runtime) -> LoadedModel:
         settings, prediction = network_settings(state["config"])
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
-    alpha_bar = state["history"].get("alpha_bar")
-    if not isinstance(alpha_bar, Tensor) or alpha_bar.ndim != 1 or len(alpha_bar) < 3:
-        raise UserError(f"{path}: it does not hold its noise schedule; {checkpoint.ADVICE}")
     with torch.device("cpu"):
         network = UNet(settings).float()  # whatever the host program's default device and dtype are
     checkpoint.load_weights(network, state["ema"], path)
     network = network.eval().requires_grad_(False).to(runtime.device).to(memory_format=runtime.memory_format)
-    return LoadedModel(network, NoiseSchedule(alpha_bar.double(), prediction), runtime, state["config"],
-                       state["history"], checkpoint.weights_digest(state["ema"]), state["step"], path)
+    return LoadedModel(network, NoiseSchedule(state["history"]["alpha_bar"], prediction), runtime,
+                       state["config"], state["history"], checkpoint.weights_digest(state["ema"]), state["step"], path)
 
 
 def make_request(model: LoadedModel, options: SampleConfig, seed: int, count: int) -> SampleRequest:
@@ -220,10 +215,10 @@ def count_evaluations(schedule: NoiseSchedule, request: SampleRequest) -> int:
 def run_sampler(network: Network, schedule: NoiseSchedule, labels: Tensor, request: SampleRequest, x: Tensor,
                 randn: Randn) -> Steps:
     """The request's sampler, with its own options and guidance, from x [N, 1, H, W] on; labels int64 [N]."""
-    options = request.options
-    special = {name: getattr(options, name) for name, sampler in SAMPLER_OF.items() if sampler == options.sampler}
+    sampler = SAMPLERS[request.options.sampler]
+    knobs = {name: getattr(request.options, name) for name in inspect.signature(sampler).parameters if name in SAMPLING}
     denoise = make_denoiser(network, schedule, labels, request.guidance, request.interval)
-    return SAMPLERS[options.sampler](denoise, schedule, x, request.timesteps, randn, **special)
+    return sampler(denoise, schedule, x, request.timesteps, randn, **knobs)
 
 
 def choose_labels(digits: str | None, seed: int, indices: Sequence[int], classes: Sequence[int]) -> Tensor:
@@ -262,7 +257,7 @@ def sample_images(model: LoadedModel, request: SampleRequest, shown: int = 0,
     chunks: dict[int, list[int]] = {}  # chunk number -> positions in request.indices
     for position, index in enumerate(request.indices):
         chunks.setdefault(index // runtime.chunk, []).append(position)
-    mine = list(chunks.values())[runtime.rank::runtime.world]
+    local = list(chunks.values())[runtime.rank::runtime.world]
 
     def work() -> tuple[Tensor, Tensor]:
         images = torch.zeros(len(request.indices), 1, 28, 28, dtype=torch.float32)
@@ -270,13 +265,13 @@ def sample_images(model: LoadedModel, request: SampleRequest, shown: int = 0,
         bar = progress_bar(progress != "" and runtime.rank == 0, total=len(images), desc=progress, unit=" images",
                            leave=False)
         with bar, torch.inference_mode(), autocast(runtime.device, runtime.bf16):
-            for chunk, positions in enumerate(mine):
+            for chunk, positions in enumerate(local):
                 seen = positions[:sum(position < states.shape[1] for position in positions)]  # positions ascend
                 part = request._replace(indices=[request.indices[position] for position in positions],
                                         labels=request.labels[positions])
                 for number, x in enumerate(_chunk_states(model, part)):
                     states[number, seen] = to_uint8(x[:len(seen)]).cpu()
-                    done = (chunk + number / request.options.steps) / len(mine)  # by all processes, as by this one
+                    done = (chunk + number / request.options.steps) / len(local)  # as if all processes were as far
                     bar.update(int(done * len(images)) - bar.n)
                 images[positions] = x.float().cpu()
         return images, states
@@ -339,19 +334,18 @@ def write_images(folder: Path, images: Tensor, model: LoadedModel, request: Samp
     plots.warn_if_broken(images, model.data, model.images_seen)
     options, source = request.options, provenance(model, request)
     grid = images[:MOST_IN_GRID]
-    # Evenly spaced states, with both ends.
     shown, frames = (np.linspace(0, len(states) - 1, min(len(states), most)).round().astype(int).tolist()
-                     for most in (COLUMNS, FRAMES))
+                     for most in (COLUMNS, FRAMES))  # evenly spaced, with both ends
     columns = 10 if options.digits == "0123456789" else max(1, round(len(grid) ** 0.5))
     writers: dict[str, Callable[[Path], None]] = {
-        "sample.png": lambda path: plots.save_grid(path, grid, columns, source),
         "process.png": lambda path: plots.save_process(path, states[shown], [request.timesteps[i] for i in shown],
                                                        source),
         "process.gif": lambda path: plots.save_animation(path, states[frames], source),
         "samples.npz": lambda path: write_atomically(path, lambda file: np.savez(
-            file, images=images[:, 0].numpy(), labels=request.labels.numpy()))}  # uint8 [N, 28, 28], int64 [N]
+            file, images=images[:, 0].numpy(), labels=request.labels.numpy())),  # uint8 [N, 28, 28], int64 [N]
+        "sample.png": lambda path: plots.save_grid(path, grid, columns, source)}  # last: then all are there
     if len(grid) < len(images):
-        print(f"sample.png shows the first {len(grid):,} of {len(images):,} images; samples.npz holds all.", flush=True)
+        say(f"sample.png shows the first {len(grid):,} of {len(images):,} images; samples.npz holds all.")
     if options.write is not None:
         writers = {"number.png": lambda path: plots.save_number(path, images, source)}
     return write_results(folder, writers)

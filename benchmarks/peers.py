@@ -141,7 +141,8 @@ def compare(options: Namespace, runtime: Runtime) -> dict[str, Any]:
     images, test = loading.load_both(common.config_of(options), runtime)
     reference = common.make_reference(images, test, options.images)
     settings = {"steps": STEPS, "minutes": options.minutes, "clock": options.clock, "batch": BATCH,
-                "images": options.images, "seed": options.seed, "classifier": reference.classifier.digest,
+                "images": options.images, "seed": options.seed,
+                "classifier": reference.classifier and reference.classifier.digest,
                 "precision": runtime.training_precision("auto")}
     machine = common.machine(runtime.device)
     report: dict[str, Any] = {"machine": machine, "settings": settings, "quality": []}

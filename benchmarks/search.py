@@ -93,7 +93,7 @@ def train_and_measure(task: tuple[str, int, argparse.Namespace]) -> dict[str, An
         state, reference = trainee.state, make_reference(train, test, options.images)
         state.history["seconds"] = seconds
         levels = test_loss(state)
-        found = measured(reference, *trainee.sample(options.images, guidance=1.0))
+        metrics = measured(reference, *trainee.sample(options.images, guidance=1.0))
     if options.keep is not None:
         path = options.keep / f"{name.replace(' ', '-')}-s{seed}.safetensors"
         checkpoint.save(path, {"config": settings.stored(state.config), "model": None, "optimizer": None,
@@ -105,8 +105,8 @@ def train_and_measure(task: tuple[str, int, argparse.Namespace]) -> dict[str, An
             "steps": state.step, "epochs": round(state.epoch(state.step), 3), "images_per_s": round(seen / seconds, 1),
             "parameters": parameters, "gflop": round(gflop, 4),
             "train_loss": round(sum(last) / max(1, len(last)), 5),
-            "test_loss": round(sum(levels) / len(levels), 5), **found, "images": options.images,
-            "classifier": reference.classifier.digest, "machine": machine(runtime.device)}
+            "test_loss": round(sum(levels) / len(levels), 5), **metrics, "images": options.images,
+            "classifier": reference.classifier and reference.classifier.digest, "machine": machine(runtime.device)}
 
 
 def show(path: Path) -> str:

@@ -38,13 +38,13 @@ def main(argv: list[str]) -> None:
                                                   **score(classifier, test.images, test.labels)})
 
     classifier = load_classifier(options.out)
-    found, recorded = score(classifier, test.images, test.labels), classifier.meta["accuracy"]
+    scores, recorded = score(classifier, test.images, test.labels), classifier.meta["accuracy"]
     print(f"{options.out}  digest {classifier.digest}  {options.out.stat().st_size / 1e6:.2f} MB\n"
           f"trained by: {classifier.meta['command']}\n"
-          f"{len(test)} test images: accuracy {found['accuracy']:.2%}, confident of {found['confident']:.2%}, negative "
-          f"log-likelihood {found['nll']:.4f} nats")
-    if abs(found["accuracy"] - recorded) > 2e-4:
-        raise UserError(f"{options.out}: it records an accuracy of {recorded:.2%}, but {found['accuracy']:.2%} was "
+          f"{len(test)} test images: accuracy {scores['accuracy']:.2%}, confident of {scores['confident']:.2%}, "
+          f"negative log-likelihood {scores['nll']:.4f} nats")
+    if abs(scores["accuracy"] - recorded) > 2e-4:
+        raise UserError(f"{options.out}: it records an accuracy of {recorded:.2%}, but {scores['accuracy']:.2%} was "
                         "measured; check --data-dir, or train it again")
 
 

@@ -17,7 +17,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from config import ROOT, UserError
 from dataset import CLASSES, LabelledImages, to_unit
 from support.checkpoint import read_tensors, weights_digest
-from support.console import progress_bar
+from support.console import progress_bar, say
 from support.files import make_folder, write_atomically
 
 SHIPPED = ROOT / "checkpoints" / "classifier.safetensors"  # of MNIST
@@ -90,13 +90,13 @@ def dataset_classifier(name: str, digest: str, train: LabelledImages, test: Labe
         if len(test) < FEWEST:
             raise UserError(f"--dataset {name}: it has {len(test)} test images, and the classifier that measures needs "
                             f"at least {FEWEST}; add some")
-        print(f"The images of {name} need a classifier of their own: it is trained once (a few minutes for 60,000 "
-              f"images) and kept in {path}.", flush=True)
+        say(f"The images of {name} need a classifier of their own: it is trained once (a few minutes for 60,000 "
+            f"images) and kept in {path}.")
         classifier = train_classifier(train.images, train.labels)
         scores = score(classifier, test.images, test.labels)
         save_classifier(path, classifier, {"data": name, "torch": torch.__version__, **scores})
     classifier = load_classifier(path)
-    print(f"Classifier: {path}, accuracy {classifier.meta['accuracy']:.2%} on the test images.", flush=True)
+    say(f"Classifier: {path}, accuracy {classifier.meta['accuracy']:.2%} on the test images.")
     return classifier
 
 

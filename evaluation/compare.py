@@ -8,9 +8,8 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from operator import methodcaller
 from pathlib import Path
 from statistics import fmean
 from typing import NamedTuple
@@ -26,7 +25,8 @@ from evaluation.reference import DECIDING, FEWEST, Baseline, Estimates, Referenc
 from evaluation.tables import aligned, metric_cell
 from sample import LoadedModel, SampleRequest, load_checkpoint, make_request, provenance, sample_images
 from support import loading, plots, selection, settings
-from support.files import make_folder, write_atomically, write_results
+from support.console import say
+from support.files import make_folder, write_json, write_results
 from support.runtime import Runtime
 
 SHOWN = 12  # pairs of images in compare.png
@@ -48,21 +48,35 @@ def main(config: Config, runtime: Runtime) -> None:
     sides = [load_side(text, config, runtime) for text in config.runs]
     config, train, test = load_images(sides, config, runtime)
     runtime.say("\n".join(settings_differences(*sides)))
+    compare(sides, config, runtime, train, test)
+
+
+def compare(sides: Sequence[Side], config: Config, runtime: Runtime, train: LabelledImages, test: LabelledImages,
+            introduction: Callable[[Side, Side], list[str]] | None = None) -> list[Difference]:
+    """Samples all sides, measures them alike, and reports by how much each differs from the first.
+
+    introduction: the lines above a report, if any. Returns the deciding metric's difference of each later side.
+    """
     references: list[Reference] = []  # the first process has one
     runtime.on_rank0(lambda: references.append(make_common_reference(sides, config, train, test)))
-    images = [sample_side(side, letter) for side, letter in zip(sides, "ab")]
+    images = [sample_side(side, side.name[:30]) for side in sides]
 
-    def measure() -> list[Path]:
+    def measure() -> tuple[list[Difference], list[Path]]:
         measured = [measure_side(side, side_images, references[0]) for side, side_images in zip(sides, images)]
-        return report(sides, measured, references[0].baseline, [side_images[0] for side_images in images])[1]
+        deciding, paths = list[Difference](), list[Path]()
+        for side, side_images, estimates in zip(sides[1:], images[1:], measured[1:]):
+            if introduction:
+                say("\n".join(introduction(sides[0], side)))
+            differences, written = report([sides[0], side], [measured[0], estimates], references[0].baseline,
+                                          [images[0][0], side_images[0]], legend=side is sides[-1])
+            deciding += [difference for difference in differences if difference.metric.key == DECIDING]
+            paths += written
+        return deciding, paths
 
-    for path in runtime.on_rank0(measure):
+    deciding, paths = runtime.on_rank0(measure)
+    for path in paths:
         runtime.say(f"  {path}")
-
-
-def run_name(model: LoadedModel) -> str:
-    """The name of a network's run or file, as its results folder has it."""
-    return selection.results_folder(model.path, model.digest).name
+    return deciding
 
 
 def load_side(text: str, config: Config, runtime: Runtime) -> Side:
@@ -100,24 +114,18 @@ def measuring_request(name: str, model: LoadedModel, config: Config) -> SampleRe
 def load_images(sides: Sequence[Side], config: Config,
                 runtime: Runtime) -> tuple[Config, LabelledImages, LabelledImages]:
     """The config with its data set decided, and the training and test images; raises UserError if they don't fit."""
-    model = require_same_images(sides)
-    config = selection.settle(config, runtime, model.path)
+    first, *later = (model for side in sides for model in side.models)
+    for model in later:
+        if model.data.get("digest") != first.data.get("digest"):
+            raise UserError(f"--runs: {first.path} and {model.path} were trained on different images "
+                            f"({first.data.get('name')} and {model.data.get('name')}); name runs of one data set")
+    config = selection.settle(config, runtime, first.data)
     train, test = loading.load_both(config, runtime)
-    require_training_images(model, describe(train, config.dataset), explicit=False)
+    require_training_images(first, describe(train, config.dataset), explicit=False)
     if len(train.labels.unique()) == 1:
         raise UserError(f"--dataset {config.dataset}: all images are of one class, and the metric that decides needs a "
                         "classifier of classes; look at --mode evaluate instead")
     return config, train, test
-
-
-def require_same_images(sides: Sequence[Side]) -> LoadedModel:
-    """The first model; raises UserError unless all were trained on the same images."""
-    first, *others = (model for side in sides for model in side.models)
-    for model in others:
-        if model.data.get("digest") != first.data.get("digest"):
-            raise UserError(f"--runs: {first.path} and {model.path} were trained on different images "
-                            f"({first.data.get('name')} and {model.data.get('name')}); name runs of one data set")
-    return first
 
 
 def make_common_reference(sides: Sequence[Side], config: Config, train: LabelledImages,
@@ -146,8 +154,8 @@ def settings_differences(a: Side, b: Side) -> list[str]:
                 fmean(model.history.get("seconds", 0.0) for model in side.models)) for side in (a, b)]
     lines = []
     for letter, side, (images, seconds) in zip("ab", (a, b), efforts):
-        many = f"{len(side.models)} trainings of " if len(side.models) > 1 else ""
-        lines.append(f"{letter}: {side.name} ({many}{images:,.0f} images, {seconds / 60:.1f} minutes). "
+        trainings = f"{len(side.models)} trainings of " if len(side.models) > 1 else ""
+        lines.append(f"{letter}: {side.name} ({trainings}{images:,.0f} images, {seconds / 60:.1f} minutes). "
                      f"{side.requests[0].note}".rstrip())
     lines.append(f"Settings in which they differ, a / b: {'; '.join(changed) or 'none'}.")
     if files:
@@ -159,10 +167,12 @@ def settings_differences(a: Side, b: Side) -> list[str]:
     return lines
 
 
-def sample_side(side: Side, letter: str) -> list[Tensor]:
+def sample_side(side: Side, name: str) -> list[Tensor]:
     """The images uint8 [N, 1, 28, 28] of each of its networks, the same in every process."""
-    return [to_uint8(sample_images(model, request, progress=f"sampling {letter}: {run_name(model)}")[0])
-            for model, request in zip(side.models, side.requests)]
+    count = len(side.models)
+    numbers = [f" ({i + 1} of {count})" * (count > 1) for i in range(count)]
+    return [to_uint8(sample_images(model, request, progress=f"sampling {name}{number}")[0])
+            for model, request, number in zip(side.models, side.requests, numbers)]
 
 
 def measure_side(side: Side, images: Sequence[Tensor], reference: Reference) -> list[Estimates]:
@@ -191,7 +201,7 @@ def table(differences: Sequence[Difference], baseline: Baseline, images: int) ->
     return aligned(lines)
 
 
-def conclusion(sides: Sequence[Side], differences: Sequence[Difference], baseline: Baseline, images: int) -> str:
+def conclusion(sides: Sequence[Side], differences: Sequence[Difference], images: int) -> str:
     """What the deciding metric says, and what it can't say."""
     a, b = sides
     deciding = next(difference for difference in differences if difference.metric.key == DECIDING)
@@ -214,28 +224,31 @@ def conclusion(sides: Sequence[Side], differences: Sequence[Difference], baselin
         lines.append("This is about these two networks, not about their recipes: trainings of the default recipe that "
                      "differ by their seed alone differ by 10% (standard deviation). Train three a side to compare "
                      "recipes.")
-    lines += ["*: the interval excludes 0. The other metrics' intervals are each wrong one time in twenty.",
-              "Lower distances are closer; all else is best where the baseline is.",
-              "Changes of distances are in per cent, all others in percentage points."]
-    if (size := len(baseline.labels)) < images:
-        lines.append(f"The baseline has {size:,} images, as many as two disjoint sets of real images allow. Distances "
-                     "fall with the number of images, so these are no multiples of it.")
     return "\n".join(lines)
 
 
-def has_trainings(sides: Sequence[Side]) -> bool:
-    """Whether there are several trainings on a side, so that recipes are compared."""
-    return any(len(side.models) > 1 for side in sides)
+def explain(baseline: Baseline, images: int) -> list[str]:
+    """What the table's numbers don't say by themselves, a line each."""
+    lines = ["*: the interval excludes 0. The other metrics' intervals are each wrong one time in twenty.",
+             "Lower distances are closer; all else is best where the baseline is.",
+             "Changes of distances are in per cent, all others in percentage points."]
+    if (size := len(baseline.labels)) < images:
+        lines.append(f"The baseline has {size:,} images, as many as two disjoint sets of real images allow. Distances "
+                     "fall with the number of images, so these are no multiples of it.")
+    return lines
 
 
 def report(sides: Sequence[Side], measured: Sequence[list[Estimates]], baseline: Baseline,
-           pictures: Sequence[Tensor]) -> tuple[list[Difference], list[Path]]:
-    """Prints the table and writes compare.json and compare.png: where the two sides differ most, and the intervals."""
+           pictures: Sequence[Tensor], *, legend: bool = True) -> tuple[list[Difference], list[Path]]:
+    """Prints the table, with what its numbers mean if `legend`, and writes compare.json and compare.png.
+
+    The picture shows where the two sides differ most, and the intervals.
+    """
     a, b = measured
-    differences = compare_trainings(a, b) if has_trainings(sides) else compare_networks(a[0], b[0], baseline)
+    differences = compare_networks(a[0], b[0], baseline) if len(a) == len(b) == 1 else compare_trainings(a, b)
     images = len(pictures[0])
-    print(table(differences, baseline, images))
-    print(conclusion(sides, differences, baseline, images))
+    say(table(differences, baseline, images))
+    say("\n".join([conclusion(sides, differences, images), *(explain(baseline, images) if legend else ())]))
     content = {"images": images,
                "sides": [{"name": side.name, "networks": [
                    {**provenance(model, request), "metrics": rows(estimates)}
@@ -251,8 +264,7 @@ def report(sides: Sequence[Side], measured: Sequence[list[Estimates]], baseline:
     intervals = [(difference.metric.heading, difference.metric.distance, difference.change, difference.low,
                   difference.high) for difference in differences]
     writers = {
-        "compare.json": lambda path: write_atomically(
-            path, methodcaller("write", json.dumps(content, indent=1).encode())),
+        "compare.json": lambda path: write_json(path, content),
         "compare.png": lambda path: plots.save_comparison(path, (pictures[0][shown], pictures[1][shown]), names,
                                                           intervals, {"a": names[0], "b": names[1]})}
     return differences, write_results(folder, writers)
@@ -260,6 +272,6 @@ def report(sides: Sequence[Side], measured: Sequence[list[Estimates]], baseline:
 
 def results_folder(sides: Sequence[Side], count: int) -> Path:
     """results/compare/A-vs-B-DIGEST: another pair, number of images, seed or way to sample has another folder."""
-    short = (re.sub(r"[^\w.-]+", "-", side.name)[:40].strip("-.") for side in sides)
+    names = "-vs-".join(re.sub(r"[^\w.-]+", "-", side.name)[:40].strip("-.") for side in sides)[:90]
     key = json.dumps([count, *(provenance(*pair) for side in sides for pair in zip(side.models, side.requests))])
-    return Path("results", "compare", f"{'-vs-'.join(short)}-{hashlib.sha256(key.encode()).hexdigest()[:8]}")
+    return Path("results", "compare", f"{names}-{hashlib.sha256(key.encode()).hexdigest()[:8]}")

@@ -3,7 +3,6 @@
 import contextlib
 import json
 import math
-from operator import methodcaller
 from pathlib import Path
 from typing import Any, cast
 
@@ -27,7 +26,8 @@ from sample import (
     sample_images,
 )
 from support import loading, plots, selection
-from support.files import make_folder, set_aside, write_atomically, write_results
+from support.console import say
+from support.files import make_folder, set_aside, write_json, write_results
 from support.runtime import Runtime
 
 COPIES = 0.03  # share of images nearer than the test set's nearest 1% from which copying is reported
@@ -106,14 +106,13 @@ def report(images: Tensor, model: LoadedModel, request: SampleRequest, reference
                "class_distances": {k: {"value": value, "baseline": baseline.class_distances[k]}
                                    for k, value in measurement.class_distances.items()},
                "closer_than_test": closer}
-    print(table(measurement, reference))
-    print(explain(measurement, reference, closer, model.data))
+    say(table(measurement, reference))
+    say(explain(measurement, reference, closer, model.data))
     folder = make_folder(selection.results_folder(model.path, model.digest))
     if (old := keep_other_report(folder, identity)) is not None:
-        print(f"The report of other settings or weights that was there is now in {old}.")
+        say(f"The report of other settings or weights that was there is now in {old}.")
     writers = {
-        "metrics.json": lambda path: write_atomically(
-            path, methodcaller("write", json.dumps(content, indent=1).encode())),
+        "metrics.json": lambda path: write_json(path, content),
         "neighbours.png": lambda path: save_neighbours(path, images, request.labels, neighbours, reference, source)}
     if reference.classifier is not None:
         writers["evaluation.png"] = lambda path: plots.save_evaluation(
@@ -134,8 +133,7 @@ def keep_other_report(folder: Path, identity: dict[str, Any]) -> Path | None:
 def table(measurement: Measurement, reference: Reference) -> str:
     """The table for the terminal, a row for each metric: the sampled images, the baseline and the test set."""
     test, test_baseline = reference.test_set
-    lines = [[f"N = {len(reference.baseline.labels):,}", "sampled", "baseline",
-              f"test set ({len(reference.test_subset):,})"]]
+    lines = [[f"N = {len(reference.baseline.labels):,}", "sampled", "baseline", "test set"]]
     for metric in METRICS:
         if estimate := measurement.estimates.get(metric.key):
             lines.append([metric.heading, metric_cell(metric, estimate, reference.baseline),
@@ -149,8 +147,8 @@ def explain(measurement: Measurement, reference: Reference, closer: float, data:
     baseline, classifier = reference.baseline, reference.classifier
     lines = ["Distances are multiples (x) of the baseline, the distance of real training images from the rest.",
              "Lower distances are closer; all else is best where the baseline is.",
-             f"±: standard errors; of the baseline, the spread of its {len(baseline.sets)} sets. The test set has a "
-             "baseline of as many images."]
+             f"±: standard errors; of the baseline, the spread of its {len(baseline.sets)} sets. The test set "
+             f"({len(reference.test_subset):,} images) has a baseline of as many."]
     if len(baseline.labels) < FEWEST_FOR_ERRORS:
         lines.append(f"Errors need at least {FEWEST_FOR_ERRORS:,} images.")
     if ratios := [(value / baseline.class_distances[k], k) for k, value in measurement.class_distances.items()]:

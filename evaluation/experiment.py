@@ -12,29 +12,17 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from operator import methodcaller
 from pathlib import Path
 from statistics import fmean
 from typing import NamedTuple
 
 from config import Config, UserError
-from dataset import LabelledImages
-from evaluation.compare import (
-    Side,
-    make_common_reference,
-    make_side,
-    measure_side,
-    measuring_request,
-    report,
-    results_folder,
-    sample_side,
-    settings_differences,
-)
+from evaluation.compare import Side, compare, make_side, measuring_request, results_folder, settings_differences
 from evaluation.differences import Difference
-from evaluation.reference import DECIDING, Reference
 from evaluation.tables import aligned
 from support import checkpoint, code, loading, plots, selection, settings
-from support.files import make_folder, write_atomically, write_results
+from support.console import say
+from support.files import make_folder, write_json, write_results
 from support.runtime import Runtime
 from training.log import current_model
 from training.loop import run_training
@@ -70,8 +58,8 @@ def main(config: Config, runtime: Runtime) -> int:
         starts[name] = json.dumps([state.history["data"]["digest"], state.history.get("init")])
     plan = make_plan(recipes, runtime, starts, len(data[0]))
     missing = [training for training in plan if training.done < 1]
-    runtime.say(f"{len(recipes)} recipes, {config.trainings} trainings of each; {len(plan) - len(missing)} of "
-                f"{len(plan)} are finished already{minutes_left(missing, [])}.")
+    finished = f"; {len(plan) - len(missing)} of {len(plan)} are finished" if len(missing) < len(plan) else ""
+    runtime.say(f"{len(recipes)} recipes, {config.trainings} trainings of each{finished}{minutes_left(missing, [])}.")
     failed, seconds = set[str](), list[float]()  # names of trainings, seconds of trainings
     for number, training in enumerate(missing):
         runtime.say(f"Training {number + 1} of {len(missing)}: {training.recipe}, seed {training.config.seed}"
@@ -89,7 +77,10 @@ def main(config: Config, runtime: Runtime) -> int:
             runtime.say(f"  It failed: {error}.")
     sides = load_sides([training for training in plan if training.config.name not in failed], recipes, runtime)
     if len(sides) > 1:
-        compare(sides, config, runtime, *data)
+        deciding = compare(sides, config, runtime, *data, introduction=lambda a, b: [
+            "", *settings_differences(a, b), *fairness(a, b)])
+        for path in runtime.on_rank0(lambda: summarize(sides, deciding) if len(deciding) > 1 else []):
+            runtime.say(f"  {path}")
     return 0
 
 
@@ -149,8 +140,8 @@ def minutes_left(missing: Sequence[Training], seconds: Sequence[float]) -> str:
         return ""
     if None in minutes:
         return "; the first training shows how long one takes"
-    left = sum((length or 0) * (1 - training.done) for length, training in zip(minutes, missing))
-    return f"; about {left:.0f} minutes of training are left"
+    left = max(1, round(sum((length or 0) * (1 - training.done) for length, training in zip(minutes, missing))))
+    return f"; about {left} minute{'s' * (left > 1)} of training to go"
 
 
 def load_sides(trainings: Sequence[Training], recipes: dict[str, Config], runtime: Runtime) -> list[Side]:
@@ -164,28 +155,6 @@ def load_sides(trainings: Sequence[Training], recipes: dict[str, Config], runtim
         if len(paths) > 1:
             sides.append(make_side(name, paths, recipes[BASELINE], runtime))
     return sides if sides and sides[0].name == BASELINE else []
-
-
-def compare(sides: Sequence[Side], config: Config, runtime: Runtime, train: LabelledImages,
-            test: LabelledImages) -> None:
-    """Compares each side with the first, the baseline, as mode compare does."""
-    references: list[Reference] = []  # the first process has one
-    runtime.on_rank0(lambda: references.append(make_common_reference(sides, config, train, test)))
-    images = [sample_side(side, side.name) for side in sides]
-
-    def measure() -> list[Path]:
-        measured = [measure_side(side, side_images, references[0]) for side, side_images in zip(sides, images)]
-        paths, deciding = [], list[Difference]()
-        for side, side_images, estimates in zip(sides[1:], images[1:], measured[1:]):
-            print("\n".join(["", *settings_differences(sides[0], side), *fairness(sides[0], side)]))
-            differences, written = report([sides[0], side], [measured[0], estimates], references[0].baseline,
-                                          [images[0][0], side_images[0]])
-            deciding += [difference for difference in differences if difference.metric.key == DECIDING]
-            paths += written
-        return paths + (summarize(sides, deciding) if len(deciding) > 1 else [])
-
-    for path in runtime.on_rank0(measure):
-        runtime.say(f"  {path}")
 
 
 def fairness(a: Side, b: Side) -> list[str]:
@@ -210,10 +179,9 @@ def summarize(sides: Sequence[Side], deciding: Sequence[Difference]) -> list[Pat
     for (name, *numbers), difference in zip(rows, deciding):
         change, low, high = map(difference.show, numbers)
         lines.append([name, change, f"{low} to {high} {'*' if difference.significant else ' '}"])
-    print(f"\n{aligned(lines)}\n*: the interval excludes 0.")
+    say(f"\n{aligned(lines)}\n*: the interval excludes 0.")
     content = {name: {"change": change, "interval": [low, high]} for name, change, low, high in rows}
     folder = make_folder(results_folder(sides, len(sides[0].requests[0].labels)))
     return write_results(folder, {
-        "experiment.json": lambda path: write_atomically(
-            path, methodcaller("write", json.dumps(content, indent=1).encode())),
+        "experiment.json": lambda path: write_json(path, content),
         "experiment.png": lambda path: plots.save_intervals(path, rows, {"baseline": sides[0].models[0].digest})})

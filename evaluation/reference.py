@@ -21,6 +21,7 @@ from evaluation.classifier import CONFIDENT, Classifier, dataset_classifier, ext
 from evaluation.metrics import Moments
 from evaluation.statistics import BLOCK, FEWEST_BLOCKS, MOST_BLOCKS, jackknife_error
 from sample import choose_labels
+from support.console import say
 from support.randomness import BASELINE_STREAM, generator
 
 FEWEST = 200  # real images (of a class, too), below which the covariance of 64 features says nothing
@@ -236,13 +237,13 @@ def make_reference(config: Config, train: LabelledImages, test: LabelledImages, 
     if int(labels.max()) < CLASSES:
         baseline_sets(train.labels.cpu(), labels)  # raises before minutes of training
     digest, classifier = describe(train, "")["digest"], None
-    print("Measuring the real images, with which samples are compared.", flush=True)
+    say("Measuring the real images, with which samples are compared.")
     if config.dataset == "generated" or digest == MNIST_DIGEST:
         classifier = load_classifier()
     elif len(train.labels.unique()) > 1:
         classifier = dataset_classifier(config.dataset, digest, train.to("cpu"), test.to("cpu"))
     else:
-        print("These images are all of one class: no classifier can be trained, so metrics that need one are left out.")
+        say("These images are all of one class: no classifier can be trained, so metrics that need one are left out.")
     return Reference(train, test, labels, classifier)
 
 

@@ -24,13 +24,15 @@ def metric_cell(metric: Metric, estimate: Estimate | None, baseline: Baseline) -
 def baseline_cell(metric: Metric, baseline: Baseline) -> str:
     """The baseline itself, with the standard deviation over its sets."""
     estimate = baseline.estimates[metric.key]
-    if not metric.distance:
-        return _with_error(metric.form, estimate.value, estimate.error)
-    return multiple(1.0, (estimate.error or 0.0) / estimate.value)
+    if metric.distance:
+        return multiple(1.0, (estimate.error or 0.0) / estimate.value)
+    return metric_cell(metric, estimate, baseline)
 
 
 def multiple(value: float, error: float | None) -> str:
-    """Three digits of a multiple of the baseline, fewer decimals for larger ones."""
+    """Three digits of a multiple of the baseline, fewer decimals for larger ones; what needs more is hopeless."""
+    if value >= 999.5:
+        return ">999x"
     return _with_error(f"{{:.{2 if value < 9.995 else 1 if value < 99.95 else 0}f}}", value, error) + "x"
 
 

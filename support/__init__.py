@@ -1,4 +1,4 @@
-"""What every mode uses and no idea changes: checkpoints, files, pictures, devices, processes. Knows `config` alone."""
+"""What every mode uses and no idea about diffusion changes: settings, checkpoints, files, pictures, devices."""
 
 import importlib.util
 from pathlib import Path

@@ -71,7 +71,7 @@ def _outline(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, (list, tuple)):
         items = [_outline(item, f"{name}.{i}", tensors) for i, item in enumerate(value)]
         return items if isinstance(value, list) else {"$tuple": items}
-    return value  # what JSON does not have, it refuses
+    return value  # json.dumps refuses what it has no form for
 
 
 def _restored(node: dict[str, Any], tensors: Mapping[str, Tensor]) -> Any:

@@ -2,7 +2,9 @@
 
 import contextlib
 import os
+import shutil
 import sys
+import textwrap
 import warnings
 from collections import namedtuple
 from collections.abc import Iterator
@@ -15,19 +17,28 @@ Place = namedtuple("Place", "rank world local_rank local_world", defaults=(0, 1,
 def place() -> Place:
     """This process's place, from torchrun's environment; alone unless all of it is there and makes sense."""
     try:
-        found = Place(*(int(os.environ[name]) for name in TORCHRUN[:4]))
-        sensible = 0 <= found.local_rank <= found.rank < found.world and found.local_rank < found.local_world
-        return found if sensible and all(os.environ[name] for name in TORCHRUN) else Place()
+        rank, world, local_rank, local_world = numbers = Place(*(int(os.environ[name]) for name in TORCHRUN[:4]))
+        sensible = 0 <= local_rank <= rank < world and local_rank < local_world
+        return numbers if sensible and all(os.environ[name] for name in TORCHRUN) else Place()
     except (KeyError, ValueError):
         return Place()
 
 
-def say(*words: Any) -> None:
-    """Prints a line at once, above a progress bar if there is one."""
+def say(text: str, file: Any = None) -> None:
+    """Prints lines at once, above a progress bar if there is one; folds prose to the width of a terminal."""
     from tqdm import tqdm
 
+    stream = file or sys.stdout
+    if stream.isatty():
+        width = shutil.get_terminal_size().columns
+        text = "\n".join(_fold(line, width) for line in text.split("\n"))
     with tqdm.external_write_mode():
-        print(*words, flush=True)
+        print(text, file=stream, flush=True)
+
+
+def _fold(line: str, width: int) -> str:
+    """The line in lines of that width, with its words whole; as it is where two spaces make it part of a table."""
+    return line if "  " in line else textwrap.fill(line, width, break_long_words=False, break_on_hyphens=False)
 
 
 def progress_bar(shown: bool = True, **options: Any) -> Any:

@@ -38,8 +38,8 @@ def compiled(function: Callable[..., Any], runtime: Runtime, deterministic: bool
 
     def options() -> dict[str, Any] | None:
         # `precision.deterministic` sets it as well, but not in the thread that compiles the backward pass.
-        known = runtime.device.type == "cuda" and "deterministic" in torch._inductor.list_options()
-        return {"deterministic": True} if deterministic and known else None
+        supported = runtime.device.type == "cuda" and "deterministic" in torch._inductor.list_options()
+        return {"deterministic": True} if deterministic and supported else None
 
     return call
 

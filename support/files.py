@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import json
 import os
 import platform
 import stat
@@ -26,7 +27,7 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], Any], before: Calla
 
     A link stays, and its target is replaced. Raises WriteError if path can't be written, and leaves it as it was.
     """
-    target = Path(os.path.realpath(path)) if os.path.islink(path) else path  # os.path: no error of a drive is raised
+    target = Path(os.path.realpath(path)) if os.path.islink(path) else path  # os.path raises no error of a drive
     part = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:
         with open(part, "wb") as file:
@@ -48,6 +49,11 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], Any], before: Calla
     finally:
         with contextlib.suppress(OSError):
             part.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes plain values, nested in dicts and lists, as indented JSON."""
+    write_atomically(path, lambda file: file.write(json.dumps(content, indent=1).encode()))
 
 
 def write_results(folder: Path, writers: Mapping[str, Callable[[Path], None]]) -> list[Path]:
@@ -98,14 +104,14 @@ def file_exists(path: Path) -> bool:
 
 def set_aside(paths: list[Path], folder: Path) -> Path:
     """Moves files to the first of folder/old1, folder/old2, ... that is free, and returns it; raises UserError."""
-    place = next(place for n in range(1, 10**6) if not (place := folder / f"old{n}").exists())
+    old = next(old for n in range(1, 10**6) if not (old := folder / f"old{n}").exists())
     try:
         for path in paths:
-            place.mkdir(parents=True, exist_ok=True)
-            path.rename(place / path.name)
+            old.mkdir(parents=True, exist_ok=True)
+            path.rename(old / path.name)
     except OSError as error:
         raise UserError(f"{folder}: can't set aside what it holds ({error.strerror}); choose another --name") from None
-    return place
+    return old
 
 
 @contextlib.contextmanager
@@ -116,11 +122,11 @@ def lock(folder: Path) -> Iterator[None]:
         try:
             held.enter_context(filelock.FileLock(path, timeout=0).acquire())
         except filelock.Timeout:
-            who = "an unknown process"
+            owner = "an unknown process"
             with contextlib.suppress(OSError):
-                who = holder.read_text("utf-8").strip()
-            raise UserError(f"another run of this name is going on ({who}, {folder}): wait, or choose another --name; "
-                            f"if that process has ended, delete {path}") from None
+                owner = holder.read_text("utf-8").strip()
+            raise UserError(f"another run of this name is going on ({owner}, {folder}): wait, or choose another "
+                            f"--name; if that process has ended, delete {path}") from None
         except (OSError, NotImplementedError) as error:
             if isinstance(error, PermissionError) or getattr(error, "errno", None) == errno.EROFS:
                 raise UserError(f"{folder}: {error}; make it writable, or choose another --name") from None

@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from config import UserError
+from support.console import say
 
 FILES = {"train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
          "test": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")}
@@ -120,18 +121,18 @@ def _read_idx(folder: Path, name: str, digests: Mapping[str, str], advice: str) 
     packed = f"{name}.gz" in digests
     digest = hashlib.md5(path.read_bytes() if packed else header + body, usedforsecurity=False).hexdigest()
     if digest != digests.get(path.name if packed else name, digest):
-        other = next((known for known, value in digests.items() if value == digest), "no file of this set")
-        raise bad(f"wrong content: that of {other} (MD5 {digest})")
+        origin = next((file for file, value in digests.items() if value == digest), "no file of this set")
+        raise bad(f"wrong content: that of {origin} (MD5 {digest})")
     for older in paths[1:] if not digests else []:
         with contextlib.suppress(OSError, EOFError, zlib.error), _open(older) as file:
             if file.read(len(header) + size + 1) != header + body:
-                print(f"note: {path} is read; {older.name}, which is no newer, holds something else", flush=True)
+                say(f"note: {path} is read; {older.name}, which is no newer, holds something else")
     return np.frombuffer(body, np.uint8).reshape((count, *shape)).copy()
 
 
 def download(source: Source, folder: Path) -> None:
     """Downloads a data set and adds the files that the folder lacks; raises UserError, and adds none, if it can't."""
-    print(f"{source.kind} is not in {folder}: downloading it ({source.megabytes} MB).", flush=True)
+    say(f"{source.kind} is not in {folder}: downloading it ({source.megabytes} MB).")
     nearest = next(parent for parent in folder.parents if os.path.exists(parent))
     previous_timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(TIMEOUT)

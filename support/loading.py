@@ -14,8 +14,9 @@ from support.runtime import Runtime
 GENERATED = ROOT / "dataset" / "generated"  # digits sampled by benchmarks/ship.py
 DARK = 128  # images none of whose pixels is this bright were hardly meant to be
 NOTICE = """
-NOT MNIST: these are the generated digits that ship with the project, sampled from its own model. The run is named
-"generated" unless you named it. For the real data set, put MNIST's four files into its folder, or run again online.
+NOT MNIST: these are the generated digits that ship with the project, sampled from its own model. \
+The run is named "generated" unless you named it. \
+For the real data set, put MNIST's four files into its folder, or run again online.
 """
 
 
@@ -42,13 +43,14 @@ def load_split(config: Config, split: str) -> LabelledImages:
     """The split "train" or "test" of the data set of a settled config; raises UserError."""
     if config.dataset == "folder":
         return load_folder(config)[split]
-    name, digests, advice = config.dataset, idx.GENERATED_MD5, "get it again from the project's repository"
-    folder = GENERATED
-    if name == "idx":
+    name = config.dataset
+    if name == "generated":
+        folder, digests, advice = GENERATED, idx.GENERATED_MD5, "get it again from the project's repository"
+    elif name == "idx":
         folder, digests, advice = data_folder(config, name), {}, "replace it, or choose another --data-dir"
         if os.path.isdir(folder / "MNIST" / "raw"):
             folder = folder / "MNIST" / "raw"
-    elif name in SOURCES:
+    else:
         digests, advice = dict(SOURCES[name].digests), "delete it to have it downloaded again, or replace it"
         folder = SOURCES[name].folder(data_folder(config, name), name)
         if not idx.is_complete(folder, digests):

@@ -197,7 +197,7 @@ def save_comparison(path: Path, pairs: tuple[ArrayLike, ArrayLike], names: tuple
     pairs: both sides' images [n, 1, 28, 28]; rows: (label, whether it is a distance, change, low, high) with the 95%
     interval low..high of the change, which is relative for distances and absolute for shares.
     """
-    heads = [_text(textwrap.fill(f"{letter}: {name}", 18), 200, 84, right=True) for letter, name in zip("ab", names)]
+    heads = [_text(_fold(f"{letter}: {name}", 18), 200, 84, right=True) for letter, name in zip("ab", names)]
     title = _text("Where a and b differ most: images from the same seeds", 600, 36)
     page = _page([[title], *([head, *_tiles(images, 3)] for head, images in zip(heads, pairs))], 8)
     parts = [[row for row in rows if row[1] == distance] for distance in (True, False)]
@@ -217,7 +217,7 @@ def save_intervals(path: Path, rows: Sequence[tuple[str, float, float, float]], 
     """PNG of how several changes move the class-wise distance: rows (name, change, low, high), relative ones."""
     with open_figure(path, 1200, 260 + 55 * len(rows), metadata) as figure:
         axes = figure.subplots()
-        _draw_intervals(axes, [(textwrap.fill(name, 30), change, low, high) for name, change, low, high in rows])
+        _draw_intervals(axes, [(_fold(name, 30), change, low, high) for name, change, low, high in rows])
         axes.set(title="Which change brings the samples closer to real images?",
                  xlabel="change of the class-wise distance (%); left of 0 is closer")
         figure.supxlabel(COLOURS, x=0.01, ha="left", fontsize="medium")
@@ -251,6 +251,11 @@ def _tiles(images: ArrayLike, scale: int = 1) -> np.ndarray:
     """[..., h, w] -> [N, scale * h, scale * w]."""
     array = np.asarray(images)
     return array.reshape(-1, *array.shape[-2:]).repeat(scale, axis=-2).repeat(scale, axis=-1)
+
+
+def _fold(name: str, width: int) -> str:
+    """The name in lines, with its flags whole."""
+    return textwrap.fill(name, width, break_on_hyphens=False)
 
 
 def _text(text: str, width: int, height: int, right: bool = False) -> np.ndarray:

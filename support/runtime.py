@@ -37,10 +37,10 @@ class Runtime:
         """Images per network call when sampling: one fixed size, since convolutions round differently at others."""
         return 64 if self.device.type == "cpu" else 256
 
-    def say(self, *words: Any) -> None:
+    def say(self, text: str) -> None:
         """Prints in the first process alone."""
         if self.rank == 0:
-            console.say(*words)
+            console.say(text)
 
     def training_precision(self, wanted: Precision) -> Precision:
         """fp32 or bf16, for the convolutions and linear layers of training steps; auto: bf16 where it is fast."""
@@ -154,17 +154,18 @@ def usable_compiler_cache() -> None:
 
 
 def choose_device(wanted: str, local_rank: int, local_world: int) -> torch.device:
-    """CUDA, then MPS, then CPU for "auto"; cuda:N is the first process's. Raises UserError for one that can't be used.
+    """CUDA, then MPS, then CPU for "auto"; of several processes the first one gets cuda:N, the next one cuda:N+1.
 
-    A GPU may be too old for the installed torch, which shows in the first kernel: then "auto" is the CPU.
+    A GPU may be too old for the installed torch, which shows in the first kernel: then "auto" is the CPU. Raises
+    UserError for a device that can't be used.
     """
-    found = {"cuda": torch.cuda.device_count() if torch.cuda.is_available() else 0,
-             "mps": int(torch.backends.mps.is_available()), "cpu": 1}
-    device = torch.device(next(kind for kind in found if found[kind]) if wanted == "auto" else wanted)
+    counts = {"cuda": torch.cuda.device_count() if torch.cuda.is_available() else 0,
+              "mps": int(torch.backends.mps.is_available()), "cpu": 1}
+    device = torch.device(next(kind for kind in counts if counts[kind]) if wanted == "auto" else wanted)
     number = device.index or 0
     needed = number + local_world if device.type == "cuda" else 1
-    if needed > found[device.type]:
-        raise UserError(f"--device {wanted}: torch {torch.__version__} finds {found[device.type]} such devices here, "
+    if needed > counts[device.type]:
+        raise UserError(f"--device {wanted}: torch {torch.__version__} finds {counts[device.type]} such devices here, "
                         f"not {needed}; leave --device out, start fewer processes, or install a driver that fits")
     device = torch.device("cuda", number + local_rank) if device.type == "cuda" else device
     if device.type == "cpu" or not (problem := kernel_error(str(device))):
@@ -179,7 +180,7 @@ def choose_device(wanted: str, local_rank: int, local_world: int) -> torch.devic
 def kernel_error(device: str) -> str:
     """Why a device can't compute, the first line of it; "" if it can."""
     try:
-        torch.zeros(1, device=device).add(1).item()  # which waits for it
+        torch.zeros(1, device=device).add(1).item()  # item() waits for the kernel
     except RuntimeError as error:
         return str(error).strip().splitlines()[0][:120]
     return ""
@@ -201,7 +202,7 @@ def memory_errors(config: Config, runtime: Runtime) -> Iterator[None]:
                   "run has saved is kept" if config.mode == "train" else "a smaller --num-images")
         problem = f"not enough memory on {runtime.name()}{amount}: use {advice}"
         if runtime.rank > 0:  # of which the first process, which says the errors of all, may not know
-            print(f"error: process {runtime.rank}: {problem}", file=sys.stderr)
+            console.say(f"error: process {runtime.rank}: {problem}", sys.stderr)
         raise UserError(problem) from None
 
 
@@ -218,9 +219,9 @@ def stop_signals() -> Iterator[list[int]]:
             os._exit(128 + number)  # saves are atomic, so nothing is lost
         received.append(number)
 
-    some = [getattr(signal, name) for name in ("SIGHUP", "SIGUSR1", "SIGBREAK") if hasattr(signal, name)]
+    optional = [getattr(signal, name) for name in ("SIGHUP", "SIGUSR1", "SIGBREAK") if hasattr(signal, name)]
     numbers = [signal.SIGINT, signal.SIGTERM,
-               *(number for number in some if signal.getsignal(number) is not signal.SIG_IGN)]  # as under nohup
+               *(number for number in optional if signal.getsignal(number) is not signal.SIG_IGN)]  # as under nohup
     main_thread = threading.current_thread() is threading.main_thread()  # which alone gets signals
     before = {number: signal.signal(number, note) for number in numbers if main_thread}
     try:

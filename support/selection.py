@@ -1,6 +1,7 @@
 """Which checkpoint, run, data set and results folder are meant: decided here alone, before a mode does anything."""
 
 import os
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from config import ROOT, Config, UserError
 from dataset import SOURCES
 from support import checkpoint, idx
 from support.checkpoint import LAST, PREVIOUS
+from support.console import say
 from support.files import dead_link, file_exists, set_aside
 from support.loading import NOTICE, data_folder
 from support.runtime import Runtime
@@ -18,14 +20,15 @@ RUNS = Path("checkpoints")  # the folder of the user's runs
 PRETRAINED = ROOT / "checkpoints" / "pretrained.safetensors"
 
 
-def settle(config: Config, runtime: Runtime, path: Path | None = None) -> Config:
+def settle(config: Config, runtime: Runtime, data: Mapping[str, Any] | None = None) -> Config:
     """The config with its checkpoint, name and data set decided, which is the first step of every mode.
 
     In modes sample and evaluate, `sample.checkpoint` becomes a file. Unless --dataset is given, the data set is the
     checkpoint's own; for a new run it is MNIST or, where MNIST is unavailable and no --data-dir was given, generated
-    digits. Pictures are inverted as those of the checkpoint were. `path`: the checkpoint, where a mode has chosen it.
-    Raises UserError for a run that does not exist and for unavailable data.
+    digits. Pictures are inverted as the checkpoint's were. `data`: what a checkpoint that is loaded already
+    stores of its images. Raises UserError for a run that does not exist and for unavailable data.
     """
+    path = None
     if config.mode in ("sample", "evaluate"):
         path = find(config)
         if path == PRETRAINED and config.sample.checkpoint is None:
@@ -38,13 +41,14 @@ def settle(config: Config, runtime: Runtime, path: Path | None = None) -> Config
         path = run_path(config.name or config.dataset)
     if config.mode == "sample":
         return config
-    if config.dataset == "auto":
-        known = runtime.on_rank0(lambda: data_name(path, config))
-        config = replace(config, dataset=known or runtime.on_rank0(lambda: _mnist_or_generated(config)))
-    if config.dataset == "folder":
-        if config.invert is None:
-            config = replace(config, invert=runtime.on_rank0(lambda: stored_data(path).get("inverted")))
-    elif config.invert is not None:
+    if config.dataset == "auto" or config.dataset == "folder" and config.invert is None:
+        known = runtime.on_rank0(lambda: stored_data(path) if data is None else data)
+        if config.dataset == "auto":
+            name = data_name(known, config) or runtime.on_rank0(lambda: _mnist_or_generated(config))
+            config = replace(config, dataset=name)
+        if config.dataset == "folder" and config.invert is None:
+            config = replace(config, invert=known.get("inverted"))
+    if config.dataset != "folder" and config.invert is not None:
         raise UserError("--invert, --no-invert: only pictures of --dataset folder are inverted; leave it out")
     if config.dataset in ("folder", "idx") and config.data_dir is None:
         files = "the pictures" if config.dataset == "folder" else "its four IDX files"
@@ -58,12 +62,12 @@ def stored_data(path: Path | None) -> dict[str, Any]:
     return data if isinstance(data, dict) else {}
 
 
-def data_name(path: Path | None, config: Config) -> Any:
-    """The --dataset on which a checkpoint was trained, None if there is none or this version does not have it.
+def data_name(data: Mapping[str, Any], config: Config) -> Any:
+    """The --dataset of the training images that are so described; None if this version does not have it.
 
     Also None for the generated digits where --data-dir, which they don't use, was given: it is never ignored.
     """
-    name, usable = stored_data(path).get("name"), (*SOURCES, "folder", "idx")
+    name, usable = data.get("name"), (*SOURCES, "folder", "idx")
     return name if name in usable or name == "generated" and config.data_dir is None else None
 
 
@@ -76,7 +80,7 @@ def _mnist_or_generated(config: Config) -> str:
         except UserError as error:
             if config.data_dir is not None:
                 raise
-            print(f"{error}\n{NOTICE}", flush=True)
+            say(f"{error}\n{NOTICE}")
             return "generated"
     return "mnist"
 

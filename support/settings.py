@@ -10,9 +10,9 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Sequence
 from dataclasses import asdict, fields, is_dataclass, replace
 from typing import Any, get_type_hints
+from unittest import mock
 
 import tyro
 from pydantic import TypeAdapter, ValidationError
@@ -20,8 +20,10 @@ from pydantic import TypeAdapter, ValidationError
 from config import Config, ModelConfig, OnlyFor, SampleConfig, UserError
 
 EXAMPLES = """examples:
-  python run.py --minutes 10 --name mine              trains for ten minutes, then samples
-  python run.py --mode sample --name mine --digits 7  samples 256 sevens from that run"""
+  python run.py --minutes 10 --name mine
+      trains for ten minutes, then samples
+  python run.py --mode sample --name mine --digits 7
+      samples 256 sevens from that run"""
 PATTERNS = {"digits": "give classes, such as 7 or 0123456789, or none", "write": "give a number of 1 to 64 digits",
             "name": "use up to 100 letters, digits, dots, dashes and underscores, not starting with a dot or dash",
             "device": "use auto, cpu, mps, cuda or cuda:N"}
@@ -66,15 +68,17 @@ def parse(argv: list[str], defaults: Config | None = None) -> Config:
     argv = _changes(_switches(argv))
     cli = functools.partial(tyro.cli, tyro.conf.OmitArgPrefixes[tyro.conf.DisallowNone[Config]], args=argv,
                             prog="run.py", description=Config.__doc__, default=defaults or Config())
-    said = io.StringIO()  # no terminal, for which tyro would colour and fold its text
+    output = io.StringIO()  # no terminal, for which tyro would colour its text; COLUMNS: nor fold it
     try:
-        with _terminal_width(10_000), contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        with mock.patch.dict(os.environ, COLUMNS="10000"), contextlib.redirect_stdout(output), \
+                contextlib.redirect_stderr(output):
             config = cli()
     except SystemExit as stop:
         if stop.code != 0:
-            raise UserError(_message(said.getvalue())) from None
-        with _terminal_width(max(40, shutil.get_terminal_size().columns)), contextlib.suppress(SystemExit):
-            cli()  # --help, as this terminal shows it; in five columns tyro's text has no end
+            raise UserError(_message(output.getvalue())) from None
+        width = max(40, shutil.get_terminal_size().columns)  # in five columns tyro's text has no end
+        with mock.patch.dict(os.environ, COLUMNS=str(width)), contextlib.suppress(SystemExit):
+            cli()  # --help, as this terminal shows it
         print(EXAMPLES)
         raise
     names = given(argv)
@@ -137,19 +141,6 @@ def _changes(argv: list[str]) -> list[str]:
         words += [word] if word != "--change" else []
         before = word
     return words + ["--change"] * (before == "--change")  # without a value, which tyro says
-
-
-@contextlib.contextmanager
-def _terminal_width(columns: int) -> Iterator[None]:
-    """Within the block Python takes the terminal to be that wide."""
-    before = os.environ.get("COLUMNS")
-    os.environ["COLUMNS"] = str(columns)
-    try:
-        yield
-    finally:
-        del os.environ["COLUMNS"]
-        if before is not None:
-            os.environ["COLUMNS"] = before
 
 
 def given(argv: list[str]) -> list[str]:
@@ -237,7 +228,7 @@ def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def _and(words: Sequence[str]) -> str:
+def _and(words: tuple[str, ...]) -> str:
     return " and ".join(", ".join(words).rsplit(", ", 1))
 
 

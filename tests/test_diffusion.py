@@ -104,7 +104,7 @@ def test_too_short_linear_schedule_is_a_user_error(timesteps):
 
 def test_unknown_schedule_is_a_user_error():
     with pytest.raises(UserError, match="--schedule"):
-        schedule_of("sigmoid")
+        schedule_of("no such schedule")
 
 
 @pytest.mark.parametrize("name, timesteps", SCHEDULES)
@@ -493,3 +493,9 @@ def test_guided_x0_is_the_same_extrapolation_whatever_the_network_predicts(predi
     labelled, free = (make_denoiser(network, schedule, which)(x, t) for which in (labels, torch.full((2,), NO_LABEL)))
     torch.testing.assert_close(make_denoiser(network, schedule, labels, 1.5)(x, t), free + 1.5 * (labelled - free),
                                rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("alpha_bar", [[0.99, 0.5, 0.1], [1.0, 0.5, 0.5], [1.0, 0.2, 0.5]])
+def test_a_schedule_begins_with_one_and_descends(alpha_bar):
+    with pytest.raises(ValueError, match="begin with 1 and to descend"):
+        NoiseSchedule(torch.tensor(alpha_bar, dtype=torch.float64))

@@ -12,9 +12,10 @@ import pytest
 
 import training.log
 from config import UserError
+from evaluation.experiment import Training, minutes_left
 from run import main
 from support.console import progress_bar, say
-from support.settings import parse
+from support.settings import EXAMPLES, parse
 from tests.conftest import ROOT, TINY, write_set
 from tests.processes import start
 
@@ -31,11 +32,11 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def in_terminal(folder: Path, command: list[str], **environment: str) -> str:
-    """All that a command writes to a terminal of 80 columns; it has to end with status 0."""
+def in_terminal(folder: Path, command: list[str], columns: int = 80, status: int = 0, **environment: str) -> str:
+    """All that a command writes to a terminal; it has to end with that status."""
     fcntl, pty, struct, termios = map(pytest.importorskip, ("fcntl", "pty", "struct", "termios"))
     master, terminal = pty.openpty()
-    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
     process = subprocess.Popen([sys.executable, *command], cwd=folder, stdin=terminal, stdout=terminal, stderr=terminal,
                                env=ENVIRONMENT | environment | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
     os.close(terminal)
@@ -46,7 +47,7 @@ def in_terminal(folder: Path, command: list[str], **environment: str) -> str:
         except OSError:  # the terminal's end
             break
     os.close(master)
-    assert process.wait(60) == 0, said
+    assert process.wait(60) == status, said
     return said.decode().replace("\r\n", "\n")
 
 
@@ -55,7 +56,7 @@ def test_a_terminal_shows_bars_that_end_full(folder: Path) -> None:
     bars = [part for line in said.splitlines() for part in line.split("\r") if "%|" in part]
     assert re.match(r"100%\|█+\| 00:0\d<00:00, epoch 2.0, [\d,]+ images/s, loss \d", bars[-2]), bars
     assert re.match(r"sampling: +\d+%\|.*\| \d+/16 \[", bars[-1]) and all(len(bar) <= 80 for bar in bars)
-    assert "appear in results/mine/ as it trains" in said and " remaining\n" not in said
+    assert "appear in results/mine/ as it\ntrains.\n" in said and " remaining\n" not in said
     assert re.search("\n *\r?Training is finished", said), "on a line of its own"
 
 
@@ -63,6 +64,21 @@ def test_what_is_said_stands_above_the_bar(tmp_path: Path) -> None:
     script = ("from support.console import progress_bar, say\nwith progress_bar(total=3, desc='bar') as bar:\n"
               " bar.update(1); say('a warning'); bar.update(2)")
     assert re.search("bar: .*\r *\ra warning\n\r?bar: ", in_terminal(tmp_path, ["-c", script]))
+
+
+def test_a_terminal_gets_prose_in_its_width_with_words_whole(folder: Path) -> None:
+    """Of lines, an error and --help's examples; a path longer than a line stays whole, and so do tables and lists."""
+    path = f"/nowhere/{'folder-' * 12}"
+    said = in_terminal(folder, [str(ROOT / "run.py"), "--dataset", "idx", "--data-dir", path], columns=60, status=2)
+    assert said.startswith("error:\n") and said.count("\n") > 2
+    assert max(len(line) for line in said.splitlines() if path not in line) <= 60 and f"{path}/train-images" in said
+    program = start(folder, "--dataset", "idx", "--data-dir", path)
+    program.finish(2)
+    assert program.errors == said.replace("\n", " ").strip() + "\n", "whole in a file"
+    assert max(map(len, EXAMPLES.splitlines())) <= 60
+    table = f"  {path}\nmetric{' ' * 60}1.00x\n{'a ' * 40}"
+    script = f"from support.console import say; say({table!r})"
+    assert in_terminal(folder, ["-c", script], columns=60) == f"{table[:-80]}{'a ' * 29}a\n{'a ' * 9}a\n"
 
 
 @pytest.mark.parametrize("variable", ["", "TQDM_DISABLE"])
@@ -102,6 +118,17 @@ def test_a_resumed_run_shows_its_own_speed_and_the_time_that_remains(monkeypatch
     clock.seconds, state.step, state.history["seconds"], display.steps = 76.0, 510, 1005.0, 10
     display.show(0.25, log_now=True)
     assert capsys.readouterr().out == "epoch 5.1, 128 images/s, loss 0.2500, 04:54 remaining\n"  # 490 steps of 0.6 s
+
+
+def test_an_experiment_says_for_how_long_it_trains() -> None:
+    def to_go(flags: str, trainings: int, seconds: list[float], done: float = 0.0) -> str:
+        return minutes_left([Training("baseline", parse(flags.split()), done)] * trainings, seconds)
+
+    assert to_go("--minutes 5", 4, []) == "; about 20 minutes of training to go"
+    assert to_go("--minutes 0.05", 2, [], 0.5) == "; about 1 minute of training to go", "never 0"
+    assert to_go("--epochs 2", 3, []) == "; the first training shows how long one takes"
+    assert to_go("--epochs 2", 3, [100, 140]) == "; about 6 minutes of training to go"
+    assert to_go("--epochs 2", 0, []) == ""
 
 
 def test_a_notebook_gets_errors_and_stops_and_no_status(own_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -50,7 +50,7 @@ def test_the_table_has_its_baselines_and_a_report_is_replaced_by_its_like_alone(
                                                                                 capsys: Capture) -> None:
     assert main(untrained) == 0
     output = capsys.readouterr().out
-    for word in ("sampled", "baseline", "the spread of its 5 sets", "test set (200)", "Copying: ",
+    for word in ("sampled", "baseline", "the spread of its 5 sets", "The test set (200 images)", "Copying: ",
                  "of samples lie suspiciously near a training image (1% of test images do).", "Classifier",
                  "Errors need at least 2,000 images",
                  "No class-wise distance: too few images of a class (400 of each are enough)."):

@@ -376,6 +376,15 @@ def test_comparison_draws_the_interval_of_each_change(tmp_path, rng, figures):
         assert any(list(line.get_xdata()) == [0, 0] for line in axes.lines), "a line at no change"
 
 
+def test_an_experiment_shows_the_interval_of_each_change_and_keeps_flags_whole(tmp_path, figures):
+    rows = [("--spacing trailing --guidance-interval 0.3 0.5", -0.1, -0.2, -0.05), ("--focus 0", 0.1, -0.1, 0.2)]
+    plots.save_intervals(tmp_path / "e.png", rows, METADATA)
+    axes, = figures[0].axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == [
+        "--spacing trailing\n--guidance-interval 0.3 0.5", "--focus 0"]
+    assert [line.get_color() for line in axes.lines[:2]] == [plots.BLUE, plots.GREY]
+
+
 def test_comparison_with_static_does_not_flatten_everything_else(tmp_path, rng, figures):
     """Recall and coverage near 0 once drew an axis to 1e9: what is far off leaves the picture."""
     rows = [("all", True, 3e9, 2e9, 4e9), ("texture", True, 0.3, 0.2, 0.4), ("class-wise", True, -0.1, -0.3, 1.4),

@@ -1,6 +1,7 @@
 """training/step.py, and what makes it fast: nothing of that ends a run, costs a result, or keeps memory."""
 
 import contextlib
+import copy
 import gc
 import weakref
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ from support.cuda_graphs import CudaGraph
 from support.runtime import Runtime
 from tests.conftest import TINY
 from tests.processes import nothing
+from training.optimizer import update_average
 from training.state import TrainingState, new_state
 from training.step import Learner
 
@@ -130,3 +132,11 @@ def test_an_optimizer_that_nobody_wrote_is_refused(monkeypatch: pytest.MonkeyPat
     config = replace(config, train=replace(config.train, optimizer="lion"))
     with pytest.raises(Exception, match="--optimizer lion: .* has no such optimizer"):
         Learner(config, loading.load_split(config, "test"), CPU)
+
+
+def test_running_means_of_a_layer_reach_the_averaged_network() -> None:
+    network = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2))
+    average = copy.deepcopy(network)
+    network(torch.randn(8, 3) + 5)
+    update_average(average, network, torch.tensor(0.1), torch.tensor(True))
+    assert torch.equal(average[1].running_mean, network[1].running_mean) and average[1].num_batches_tracked == 1

@@ -17,7 +17,7 @@ import torch
 from config import Config, SampleConfig, TrainConfig, UserError
 from dataset import class_name, random_batch, to_uint8, to_unit
 from diffusion import diffusion_loss, stratified_timesteps
-from sample import LoadedModel, SampleRequest, make_request, provenance, sample_images
+from sample import LoadedModel, make_request, sample_images
 from support import checkpoint, plots
 from support.console import progress_bar
 from support.files import write_atomically, write_results
@@ -158,13 +158,6 @@ def current_model(state: TrainingState) -> LoadedModel:
     """The current averaged weights, to sample from."""
     return LoadedModel(state.learner.average, state.learner.schedule, state.runtime, stored(state.config),
                        state.history, step=state.step, path=state.path)
-
-
-def is_written(folder: Path, model: LoadedModel, request: SampleRequest) -> bool:
-    """Whether a results folder holds the pictures and arrays of this request."""
-    first, last = folder / "sample.png", folder / "samples.npz"  # in the order in which they are written
-    return (plots.metadata_of(first) == provenance(model, request) and last.exists()
-            and last.stat().st_mtime >= first.stat().st_mtime)
 
 
 def test_loss(state: TrainingState) -> list[float]:

@@ -8,11 +8,11 @@ from statistics import median
 
 import sample
 from config import Config, Precision
-from support import code, selection
+from support import code, plots, selection
 from support.files import WriteError, lock, make_folder
 from support.loading import load_both
 from support.runtime import Runtime, stop_signals
-from training.log import LOG_SHARE, Display, announce, current_model, due, is_written, log_point
+from training.log import LOG_SHARE, Display, announce, current_model, due, log_point
 from training.optimizer import learning_rate
 from training.state import TrainingState, new_state, read_losses, resume, save
 
@@ -38,7 +38,9 @@ def main(config: Config, runtime: Runtime) -> int:
     sampling = replace(config, mode="sample", sample=replace(config.sample, checkpoint=state.path, write=None))
     model = sample.load_checkpoint(state.path, runtime)
     request = sample.request_of(model, sampling)
-    if runtime.on_rank0(lambda: is_written(state.results, model, request)):
+    source = sample.provenance(model, request)
+    if runtime.on_rank0(lambda: (state.results / "samples.npz").exists()
+                        and plots.metadata_of(state.results / "sample.png") == source):
         runtime.say(f"The run {config.name} is finished ({state.effort()}, {state.path}). Sample from it with "
                     "--mode sample, extend it with a larger --epochs or --minutes, or start over with --fresh.")
         return 0

@@ -26,11 +26,12 @@ class Optimizer:
     """
 
     def __init__(self, network: nn.Module, options: TrainConfig) -> None:
-        if options.optimizer not in ("muon", "adamw"):
+        inner, rest = [], list(network.parameters())
+        if options.optimizer == "muon":
+            inner = [p for p in network.parameters() if p.ndim == 4 and min(p.shape[:2]) > 1]
+            rest = [p for p in network.parameters() if p.ndim != 4 or min(p.shape[:2]) == 1]
+        elif options.optimizer != "adamw":
             raise UserError(f"--optimizer {options.optimizer}: training/optimizer.py has no such optimizer")
-        muon = options.optimizer == "muon"
-        inner = [p for p in network.parameters() if muon and p.ndim == 4 and min(p.shape[:2]) > 1]
-        rest = [p for p in network.parameters() if not (muon and p.ndim == 4 and min(p.shape[:2]) > 1)]
         self.lr = torch.tensor(options.lr, device=rest[0].device)
         common: dict[str, Any] = {"lr": self.lr, "weight_decay": options.weight_decay}
         self.parts: dict[str, torch.optim.Optimizer] = {
@@ -135,8 +136,10 @@ def learning_rate(options: TrainConfig, step: int, progress: float) -> float:
 
 @torch.no_grad()
 def update_average(average: nn.Module, network: nn.Module, ema_rate: Tensor, finite: Tensor) -> None:
-    """average += ema_rate (network - average) for each weight where finite; both [] tensors. No layer has buffers."""
+    """average += ema_rate (network - average) for each weight where finite; both [] tensors. Buffers are copied."""
     averages: list[Tensor] = list(average.parameters())
     change = torch._foreach_sub(list(network.parameters()), averages)
     torch._foreach_mul_(change, finite * ema_rate)
     torch._foreach_add_(averages, change)
+    for buffer, value in zip(average.buffers(), network.buffers()):  # running means, of layers that have them
+        buffer.copy_(value)

@@ -114,16 +114,17 @@ def resume(state: TrainingState, precision: str) -> TrainConfig:
     history = saved["history"]
     if any(type(history.get(name)) is not type(value) for name, value in state.history.items()):
         raise UserError(f"{path}: its history is not as this version writes it: {start_over}")
-    theirs, ours = ((data.get("images"), data.get("digest")) for data in (history["data"], state.history["data"]))
-    if theirs != ours:
-        raise UserError(f"{path} was trained on other images ({theirs[0]}, digest {theirs[1]}) than those found now "
-                        f"({ours[0]}, digest {ours[1]}): {start_over}")
+    data_before, data = history["data"], state.history["data"]
+    if data_before.get("digest") != data["digest"]:
+        raise UserError(f"{path} was trained on other images ({data_before.get('images')}, digest "
+                        f"{data_before.get('digest')}) than those found now ({data['images']}, digest "
+                        f"{data['digest']}): {start_over}")
     edited = [name for name, digest in state.history["code"].items() if history["code"].get(name) != digest]
     if edited and not state.config.train.same_code:
         raise UserError(f"{path} was trained by other code ({', '.join(edited)} edited since): {start_over}; or say "
                         "with --same-code that it does the same")
-    theirs, ours = history["alpha_bar"], state.history["alpha_bar"]
-    if theirs.shape != ours.shape or not torch.allclose(theirs, ours, rtol=1e-9, atol=0):
+    alpha_bar_before, alpha_bar = history["alpha_bar"], state.history["alpha_bar"]
+    if alpha_bar_before.shape != alpha_bar.shape or not torch.allclose(alpha_bar_before, alpha_bar, rtol=1e-9, atol=0):
         raise UserError(f"{path} was trained with another noise schedule than diffusion.py makes now: {start_over}")
     checkpoint.load_weights(state.learner.network, saved["model"], path)
     checkpoint.load_weights(state.learner.average, saved["ema"], path)
