@@ -71,6 +71,8 @@ class DiffusionConfig:
 class TrainConfig:
     """For modes train and experiment: the length of a run and how the weights are learned."""
 
+    # weights to start from: pretrained, a run or a file, with its network's settings; unset: random weights
+    init: Annotated[str | None, UNSET] = None
     epochs: Annotated[int, Ge(1), Le(10**7)] = 100  # passes over the training images
     minutes: Annotated[float | None, Gt(0), Le(10**6), UNSET] = None  # minutes of training steps, in place of epochs
     batch_size: Annotated[int, Ge(1), Le(10**5)] = 64  # images per step, over all processes together
@@ -115,9 +117,11 @@ class Config:
 
     mode: Literal["train", "sample", "evaluate", "compare", "experiment"] = "train"  # what `python run.py` does
     name: RunName = None  # name of the run, in checkpoints/ and results/; unset, in training: the data set's name
-    # auto: the checkpoint's data set, else mnist, or offline the generated digits; idx: four files in --data-dir
-    dataset: Literal["auto", "mnist", "fashion-mnist", "kmnist", "generated", "idx"] = "auto"
-    data_dir: OptionalPath = None  # folder that holds mnist/MNIST/raw, or the four IDX files; unset: dataset/
+    # auto: the checkpoint's data set, else mnist, or offline the generated digits; of your own, in --data-dir: folder
+    # (pictures in CLASS/, or in train/CLASS/ and test/CLASS/) or idx (four IDX files)
+    dataset: Literal["auto", "mnist", "fashion-mnist", "kmnist", "generated", "folder", "idx"] = "auto"
+    data_dir: OptionalPath = None  # folder of the pictures, of the IDX files, or of mnist/MNIST/raw; unset: dataset/
+    invert: Annotated[bool | None, UNSET] = None  # folder: dark becomes light; unset: if most borders are bright
     # compare: two sides, each a run, a file, pretrained, or trainings a,b,c; quote a side to give it its
     # own flags: "mine --steps 25"
     runs: Annotated[tuple[str, str] | None, tyro.conf.arg(metavar="A B", help_behavior_hint="")] = None

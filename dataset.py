@@ -4,7 +4,8 @@ How a data set is found and read is in support/loading.py.
 """
 
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
@@ -33,15 +34,16 @@ class LabelledImages:
 
     images: Tensor  # uint8 [N, 1, 28, 28]
     labels: Tensor  # int64 [N], 0 to 9
+    about: Mapping[str, Any] = field(default_factory=dict)  # what else a checkpoint stores of a folder of pictures
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def __getitem__(self, chosen: Tensor) -> "LabelledImages":
-        return LabelledImages(self.images[chosen], self.labels[chosen])
+        return replace(self, images=self.images[chosen], labels=self.labels[chosen])
 
     def to(self, device: torch.device | str) -> "LabelledImages":
-        return LabelledImages(self.images.to(device), self.labels.to(device))
+        return replace(self, images=self.images.to(device), labels=self.labels.to(device))
 
 
 def to_unit(images: Tensor) -> Tensor:
@@ -84,9 +86,10 @@ def describe(data: LabelledImages, name: str) -> dict[str, Any]:
     content = hashlib.sha256(data.images.cpu().numpy().tobytes() + data.labels.cpu().numpy().tobytes())
     return {"name": name, "images": len(data), "digest": content.hexdigest()[:16],
             "mean": round(pixels.mean().item(), 4), "std": round(pixels.std().item(), 4),
-            "classes": torch.bincount(data.labels, minlength=CLASSES).tolist()}
+            "classes": torch.bincount(data.labels, minlength=CLASSES).tolist(), **data.about}
 
 
-def class_name(data: str, k: int) -> str:
-    """The number of a class of that data set, with its name if it has one."""
-    return f"{k} ({CLASS_NAMES[data][k]})" if data in CLASS_NAMES else str(k)
+def class_name(data: Mapping[str, Any], k: int) -> str:
+    """The number of a class of a data set that `describe` described, with its name if it has one."""
+    names: Any = data.get("class_names") or CLASS_NAMES.get(data.get("name", ""), ())
+    return f"{k} ({names[k]})" if k < len(names) else str(k)

@@ -9,10 +9,10 @@ import json
 import os
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -119,8 +119,7 @@ def load_images(sides: Sequence[Side], config: Config,
         if model.data.get("digest") != first.data.get("digest"):
             raise UserError(f"--runs: {first.path} and {model.path} were trained on different images "
                             f"({first.data.get('name')} and {model.data.get('name')}); name runs of one data set")
-    name = selection.data_name(first.data, config) if config.dataset == "auto" else None
-    config = selection.settle(replace(config, dataset=cast(Any, name or config.dataset)), runtime)
+    config = selection.settle(config, runtime, first.data)
     train, test = loading.load_both(config, runtime)
     require_training_images(first, describe(train, config.dataset), explicit=False)
     if len(train.labels.unique()) == 1:

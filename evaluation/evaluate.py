@@ -107,7 +107,7 @@ def report(images: Tensor, model: LoadedModel, request: SampleRequest, reference
                                    for k, value in measurement.class_distances.items()},
                "closer_than_test": closer}
     say(table(measurement, reference))
-    say(explain(measurement, reference, closer, model.data.get("name", "")))
+    say(explain(measurement, reference, closer, model.data))
     folder = make_folder(selection.results_folder(model.path, model.digest))
     if (old := keep_other_report(folder, identity)) is not None:
         say(f"The report of other settings or weights that was there is now in {old}.")
@@ -116,7 +116,7 @@ def report(images: Tensor, model: LoadedModel, request: SampleRequest, reference
         "neighbours.png": lambda path: save_neighbours(path, images, request.labels, neighbours, reference, source)}
     if reference.classifier is not None:
         writers["evaluation.png"] = lambda path: plots.save_evaluation(
-            path, pictured(measurement, reference, distances, test_distances), source)
+            path, pictured(measurement, reference, distances, test_distances, model.data), source)
     return write_results(folder, writers)
 
 
@@ -142,7 +142,7 @@ def table(measurement: Measurement, reference: Reference) -> str:
     return aligned(lines)
 
 
-def explain(measurement: Measurement, reference: Reference, closer: float, data: str) -> str:
+def explain(measurement: Measurement, reference: Reference, closer: float, data: dict[str, Any]) -> str:
     """What the table's numbers don't say by themselves."""
     baseline, classifier = reference.baseline, reference.classifier
     lines = ["Distances are multiples (x) of the baseline, the distance of real training images from the rest.",
@@ -176,12 +176,13 @@ def save_neighbours(path: Path, images: Tensor, labels: Tensor, neighbours: tupl
                           source)
 
 
-def pictured(measurement: Measurement, reference: Reference, nearest_distances: Tensor,
-             test_distances: Tensor) -> dict[str, Any]:
-    """What evaluation.png shows. The distances [N] are those to the nearest training images."""
+def pictured(measurement: Measurement, reference: Reference, nearest_distances: Tensor, test_distances: Tensor,
+             data: dict[str, Any]) -> dict[str, Any]:
+    """What evaluation.png shows. The distances [N] are those to the nearest training images; data: `describe`'s."""
     ratios = []
     for images, baseline in ((measurement, reference.baseline), reference.test_set):
-        classes = {str(k): (value / baseline.class_distances[k], None) for k, value in images.class_distances.items()}
+        classes = {class_name(data, k): (value / baseline.class_distances[k], None)
+                   for k, value in images.class_distances.items()}
         distances = {metric.heading: baseline.ratio(metric.key, images.estimates[metric.key])
                      for metric in METRICS if metric.distance and metric.key in images.estimates}
         ratios.append({**distances, **classes})
@@ -190,7 +191,7 @@ def pictured(measurement: Measurement, reference: Reference, nearest_distances: 
     shown = [k for k in range(CLASSES) if expected[k] or counts[k]]
     overlap = {name: {key: estimate.value for key, estimate in images.estimates.items()}
                for name, images in (("sampled", measurement), (plots.BASELINE, reference.baseline))}
-    return {"classes": shown,
+    return {"classes": [class_name(data, k) for k in shown],
             "histogram": {"model": [counts[k] for k in shown], "asked": [expected[k] for k in shown]},
             "ratios": ratios[0], "test_ratios": ratios[1], "overlap": overlap,
             "neighbours": {"model": nearest_distances.numpy(), "test": test_distances.numpy()}}

@@ -17,7 +17,6 @@ from statistics import fmean
 from typing import NamedTuple
 
 from config import Config, UserError
-from dataset import LabelledImages, describe
 from evaluation.compare import Side, compare, make_side, measuring_request, results_folder, settings_differences
 from evaluation.differences import Difference
 from evaluation.tables import aligned
@@ -52,9 +51,12 @@ def main(config: Config, runtime: Runtime) -> int:
                      train=replace(config.train, preview=0))
     recipes = {BASELINE: config, **{flags: changed(flags, config) for flags in config.change}}
     data = loading.load_both(config, runtime)
+    starts = {}
     for name, recipe in recipes.items():  # what would fail after hours of training fails now
-        measuring_request(name, current_model(new_state(recipe, runtime, *data)), recipe)
-    plan = make_plan(recipes, runtime, data[0])
+        state = new_state(recipe, runtime, *data)
+        measuring_request(name, current_model(state), recipe)
+        starts[name] = json.dumps([state.history["data"]["digest"], state.history.get("init")])
+    plan = make_plan(recipes, runtime, starts, len(data[0]))
     missing = [training for training in plan if training.done < 1]
     finished = f"; {len(plan) - len(missing)} of {len(plan)} are finished" if len(missing) < len(plan) else ""
     runtime.say(f"{len(recipes)} recipes, {config.trainings} trainings of each{finished}{minutes_left(missing, [])}.")
@@ -98,21 +100,24 @@ def changed(flags: str, config: Config) -> Config:
     return recipe
 
 
-def make_plan(recipes: dict[str, Config], runtime: Runtime, train: LabelledImages) -> list[Training]:
-    """All trainings, each seed of all recipes in turn, forwards and backwards, so that a busy hour hits all alike."""
-    digest, plan = describe(train, "")["digest"], []
+def make_plan(recipes: dict[str, Config], runtime: Runtime, starts: dict[str, str], images: int) -> list[Training]:
+    """All trainings, each seed of all recipes in turn, forwards and backwards, so that a busy hour hits all alike.
+
+    starts: what names the training images, of which there are so many, and the initial weights of a recipe.
+    """
+    plan = []
     for turn in range(recipes[BASELINE].trainings):
         for recipe in list(recipes) if turn % 2 == 0 else reversed(recipes):
             config = replace(recipes[recipe], seed=recipes[recipe].seed + turn)
-            config = replace(config, name=run_name(config, digest))
-            plan.append(Training(recipe, config, runtime.on_rank0(partial(part_done, config, len(train)))))
+            config = replace(config, name=run_name(config, starts[recipe]))
+            plan.append(Training(recipe, config, runtime.on_rank0(partial(part_done, config, images))))
     return plan
 
 
-def run_name(config: Config, data: str) -> str:
-    """experiment/CHANGES-DIGEST-sSEED: other settings, other code or images with another digest have another name."""
+def run_name(config: Config, start: str) -> str:
+    """experiment/CHANGES-DIGEST-sSEED: other settings, code, images or initial weights have another name."""
     recipe = {name: value for name, value in settings.stored(config).items() if name != "seed"}
-    identity = json.dumps([recipe, code.IMPORTED, data], sort_keys=True)
+    identity = json.dumps([recipe, code.IMPORTED, start], sort_keys=True)
     default = replace(Config(), dataset=config.dataset, seed=config.seed, precision=config.precision)
     changes = settings.differences(settings.stored(default), settings.stored(config))
     words = re.sub(r"[^\w.]+", "-", "-".join(f"{name}-{value}" for name, _, value in changes))[:40].strip("-.")

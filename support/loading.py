@@ -8,7 +8,7 @@ import torch
 
 from config import ROOT, Config, UserError
 from dataset import CLASSES, SOURCES, LabelledImages
-from support import idx
+from support import idx, pictures
 from support.runtime import Runtime
 
 GENERATED = ROOT / "dataset" / "generated"  # digits sampled by benchmarks/ship.py
@@ -31,8 +31,18 @@ def data_folder(config: Config, name: str) -> Path:
     return next((root for root in roots if idx.is_complete(source.folder(root, name), source.digests)), roots[0])
 
 
+def load_folder(config: Config) -> dict[str, LabelledImages]:
+    """Both splits, "train" and "test", of a folder of pictures; raises UserError."""
+    splits, class_names, inverted = pictures.read_folder(data_folder(config, "folder"), config.invert, CLASSES)
+    about = {"class_names": class_names, "inverted": inverted}
+    return {split: LabelledImages(torch.from_numpy(images)[:, None], torch.from_numpy(labels), about)
+            for split, (images, labels) in splits.items()}
+
+
 def load_split(config: Config, split: str) -> LabelledImages:
     """The split "train" or "test" of the data set of a settled config; raises UserError."""
+    if config.dataset == "folder":
+        return load_folder(config)[split]
     name = config.dataset
     if name == "generated":
         folder, digests, advice = GENERATED, idx.GENERATED_MD5, "get it again from the project's repository"
@@ -51,7 +61,8 @@ def load_split(config: Config, split: str) -> LabelledImages:
 
 def load_both(config: Config, runtime: Runtime) -> tuple[LabelledImages, LabelledImages]:
     """Training and test images, on the device of every process; the first one reads or downloads them."""
-    train, test = runtime.on_rank0(lambda: [load_split(config, split) for split in idx.FILES])
+    train, test = runtime.on_rank0(lambda: [*load_folder(config).values()] if config.dataset == "folder" else
+                                   [load_split(config, split) for split in idx.FILES])
     if (brightest := train.images.max().item()) < DARK:
         runtime.say(f"note: the brightest pixel of the training images is {brightest}, not 255, so they look black: "
                     "scale them to 0 to 255 before they become bytes, and write the files again")

@@ -26,6 +26,7 @@ STYLE: Any = {  # min_exponent: plain numbers on log axes, such as 0.01
     "figure.dpi": DPI, "figure.labelsize": "medium", "font.size": 12, "legend.frameon": False, "axes.axisbelow": True,
     "axes.titlelocation": "left", "axes.titlesize": 13, "axes.spines.top": False, "axes.spines.right": False,
     "axes.grid": True, "axes.grid.axis": "y", "grid.color": "#e6e6e6", "axes.formatter.min_exponent": 6,
+    "text.parse_math": False,  # a name of the user's may have dollars
 }
 BASELINE = "baseline (real images)"
 LANDMARK: Any = {"color": "black", "linewidth": 1, "linestyle": (0, (4, 3))}  # a line at the value to compare with
@@ -60,6 +61,13 @@ def labelled_grid(images: ArrayLike, columns: int, titles: Iterable[str] = (),
         rows = [[name, *row] for name, row in zip(margin, rows, strict=True)]
         header = [_text("", 120, 28), *header]
     return Image.fromarray(_page([header, *rows] if titles else rows, 4))
+
+
+def save_labelled(path: Path, images: ArrayLike, labels: Sequence[str], metadata: Mapping[str, str]) -> None:
+    """PNG of images [N, 1, 28, 28] in rows of eight, three times their size, each above its label."""
+    tiles, texts = _tiles(images, 3), [_text(label, 84, 18) for label in labels]
+    rows = [row for start in range(0, len(texts), 8) for row in (tiles[start:start + 8], texts[start:start + 8])]
+    _save_png(path, _page(rows, 4), metadata)
 
 
 def save_process(path: Path, states: ArrayLike, timesteps: Sequence[int], metadata: Mapping[str, str]) -> None:
@@ -178,6 +186,7 @@ def save_evaluation(path: Path, report: Mapping[str, Any], metadata: Mapping[str
         axes, histogram = panels["classes"], report["histogram"]
         _draw_bars(axes, {label: 100 * np.asarray(histogram[key]) / np.sum(histogram[key])
                           for label, key in (("sampled", "model"), ("asked for", "asked"))}, report["classes"])
+        axes.tick_params(axis="x", rotation=35 * (max(len(str(name)) for name in report["classes"]) > 2))
         axes.set(title="Classes", xlabel="class, as the classifier reads it", ylabel="share (%)")
         axes, shares = panels["overlap"], ("precision", "recall", "coverage")
         _draw_bars(axes, {name: [row[share] for share in shares] for name, row in report["overlap"].items()}, shares,

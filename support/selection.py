@@ -20,12 +20,13 @@ RUNS = Path("checkpoints")  # the folder of the user's runs
 PRETRAINED = ROOT / "checkpoints" / "pretrained.safetensors"
 
 
-def settle(config: Config, runtime: Runtime) -> Config:
+def settle(config: Config, runtime: Runtime, data: Mapping[str, Any] | None = None) -> Config:
     """The config with its checkpoint, name and data set decided, which is the first step of every mode.
 
     In modes sample and evaluate, `sample.checkpoint` becomes a file. Unless --dataset is given, the data set is the
     checkpoint's own; for a new run it is MNIST or, where MNIST is unavailable and no --data-dir was given, generated
-    digits. Raises UserError for a run that does not exist and for unavailable data.
+    digits. Pictures are inverted as the checkpoint's were. `data`: what a checkpoint that is loaded already
+    stores of its images. Raises UserError for a run that does not exist and for unavailable data.
     """
     path = None
     if config.mode in ("sample", "evaluate"):
@@ -36,24 +37,38 @@ def settle(config: Config, runtime: Runtime) -> Config:
                 missing, hint = "There is no run named mnist", f"{list_runs()} Choose one with --name."
             runtime.say(f"{missing}, so this uses the pretrained weights, which come with the project.{hint}")
         config = replace(config, sample=replace(config.sample, checkpoint=path))
-    elif config.mode == "train" and config.name is not None and not config.train.fresh:
-        path = run_path(config.name)
-    if config.dataset == "auto" and config.mode != "sample":
-        name = runtime.on_rank0(lambda: data_name(checkpoint.load(path)["history"].get("data", {}), config)
-                                if path and file_exists(path) else None)
-        config = replace(config, dataset=name or runtime.on_rank0(lambda: _mnist_or_generated(config)))
-    if config.dataset == "idx" and config.data_dir is None and config.mode != "sample":
-        raise UserError("--dataset idx: say with --data-dir in which folder its four IDX files are")
+    elif config.mode == "train" and (config.name or config.dataset != "auto") and not config.train.fresh:
+        path = run_path(config.name or config.dataset)
+    if config.mode == "sample":
+        return config
+    if config.dataset == "auto" or config.dataset == "folder" and config.invert is None:
+        known = runtime.on_rank0(lambda: stored_data(path) if data is None else data)
+        if config.dataset == "auto":
+            name = data_name(known, config) or runtime.on_rank0(lambda: _mnist_or_generated(config))
+            config = replace(config, dataset=name)
+        if config.dataset == "folder" and config.invert is None:
+            config = replace(config, invert=known.get("inverted"))
+    if config.dataset != "folder" and config.invert is not None:
+        raise UserError("--invert, --no-invert: only pictures of --dataset folder are inverted; leave it out")
+    if config.dataset in ("folder", "idx") and config.data_dir is None:
+        files = "the pictures" if config.dataset == "folder" else "its four IDX files"
+        raise UserError(f"--dataset {config.dataset}: say with --data-dir in which folder {files} are")
     return replace(config, name=config.name or config.dataset) if config.mode == "train" else config
 
 
-def data_name(data: Mapping[str, Any], config: Config) -> str | None:
+def stored_data(path: Path | None) -> dict[str, Any]:
+    """What a checkpoint, if there is one, stores of the images that it was trained on (`dataset.describe`)."""
+    data = checkpoint.load(path)["history"].get("data") if path and file_exists(path) else None
+    return data if isinstance(data, dict) else {}
+
+
+def data_name(data: Mapping[str, Any], config: Config) -> Any:
     """The --dataset of the training images that are so described; None if this version does not have it.
 
     Also None for the generated digits where --data-dir, which they don't use, was given: it is never ignored.
     """
-    usable = (*SOURCES, "idx") if config.data_dir is not None else (*SOURCES, "idx", "generated")
-    return data["name"] if data.get("name") in usable else None
+    name, usable = data.get("name"), (*SOURCES, "folder", "idx")
+    return name if name in usable or name == "generated" and config.data_dir is None else None
 
 
 def _mnist_or_generated(config: Config) -> str:

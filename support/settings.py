@@ -31,10 +31,10 @@ ADAPTER = TypeAdapter(Config)
 GROUPS = {part.name: part.type for part in fields(Config) if is_dataclass(part.type)}
 KNOBS = {name: "" for name in Config.__dataclass_fields__ if name not in GROUPS} | {
     name: group for group, kind in GROUPS.items() for name in kind.__dataclass_fields__}  # name -> group
-SWITCHES = {knob.name for group in GROUPS.values() for knob in fields(group) if knob.type is bool}
+SWITCHES = {knob.name for group in GROUPS.values() for knob in fields(group) if knob.type is bool} | {"invert"}
 STORED = ("dataset", "seed", "precision", "model", "diffusion", "train")  # what a checkpoint keeps of its config
 # What the code did before a knob existed: its value for a checkpoint that lacks the knob, in place of the default.
-LEGACY = {"model": {}, "diffusion": {}, "train": {"clip_loss": False, "focus": 0.0}}
+LEGACY = {"model": {}, "diffusion": {}, "train": {"clip_loss": False, "focus": 0.0, "init": None}}
 CHANGEABLE_ON_RESUME = ("epochs", "minutes", "preview", "deterministic", "fresh", "same_code")
 # Which sampler has an option that not all have: knob -> sampler, as config.py marks it.
 SAMPLER_OF = {name: mark.sampler for name, kind in get_type_hints(SampleConfig, include_extras=True).items()
@@ -42,7 +42,8 @@ SAMPLER_OF = {name: mark.sampler for name, kind in get_type_hints(SampleConfig, 
 # How images are sampled; the other fields of SampleConfig say which images.
 SAMPLING = tuple(name for name in SampleConfig.__dataclass_fields__
                  if name not in ("num_images", "digits", "write", "checkpoint"))
-RESERVED = ("pretrained", "compare", "classifiers", "experiment")  # folders of the project, no names of runs
+# Folders of the project, no names of runs.
+RESERVED = ("pretrained", "compare", "classifiers", "experiment", "picture-cache")
 TRAINING = ("train", "experiment")  # the modes that train
 # A flag that has no effect beside the second one, and in which modes.
 EXCLUSIVE = (("name", "checkpoint", ("sample", "evaluate")), ("dataset", "checkpoint", ("sample",)),
@@ -56,7 +57,7 @@ YIELDING = (("checkpoint", None, ("name", "dataset")), ("write", None, ("digits"
 USED_BY = {"model": TRAINING, "diffusion": TRAINING, "train": TRAINING, "preview": ("train",), "fresh": ("train",),
            "same_code": ("train",), "runs": ("compare",), "change": ("experiment",), "trainings": ("experiment",),
            "name": ("train", "sample", "evaluate"), "write": ("sample",), "checkpoint": ("sample", "evaluate"),
-           "data_dir": ("train", "evaluate", "compare", "experiment"), "compile": TRAINING}
+           **dict.fromkeys(("data_dir", "invert"), ("train", "evaluate", "compare", "experiment")), "compile": TRAINING}
 
 
 def parse(argv: list[str], defaults: Config | None = None) -> Config:
@@ -87,11 +88,15 @@ def parse(argv: list[str], defaults: Config | None = None) -> Config:
             decided = KNOBS[name] in STORED and name not in CHANGEABLE_ON_RESUME
             why = "the checkpoint's own settings decide it" if decided else f"it is for --mode {_and(modes)}"
             if (name, config.mode) == ("checkpoint", "train"):
-                why = f"training starts from random weights; {why}"
+                why = f"--init says which weights training starts from; {why}"
             raise UserError(f"{_flag(name)}: --mode {config.mode} does not use it, since {why}; leave it out")
     for name, deciding, modes in EXCLUSIVE:
         if name in names and deciding in names and config.mode in modes:
             raise UserError(f"{_flag(name)}: it has no effect beside {_flag(deciding)}; leave one of the two out")
+    network = next((name for name in names if KNOBS[name] == "model"), None)
+    if network and config.train.init is not None:
+        raise UserError(f"{_flag(network)}: it has no effect beside --init, whose checkpoint decides the network; "
+                        "leave one of the two out")
     if "data_dir" in names and config.dataset == "generated":
         raise UserError("--data-dir: it has no effect, since the generated digits ship with the project; leave it out, "
                         "or choose another --dataset")

@@ -128,7 +128,7 @@ BAD_FLAGS = [
     (["--sweep=3"], "Unrecognized options: --sweep=3. See"),
     (["--name", "a" * 300, "stray" * 60], f"Unrecognized options: {'stray' * 60}. See"),
     (["--runs", "a"], "--runs: it takes A B. See"),
-    (["--checkpoint", "pretrained", "--name", "ft"], "training starts from random weights"),
+    (["--checkpoint", "pretrained", "--name", "ft"], "--init says which weights training starts from"),
     (["--dataset", "generated", "--data-dir", "x"], "--data-dir: it has no effect"),
 ]
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from config import Config, SampleConfig, TrainConfig, UserError
-from dataset import to_uint8, to_unit
+from dataset import class_name, random_batch, to_uint8, to_unit
 from diffusion import diffusion_loss, stratified_timesteps
 from sample import LoadedModel, make_request, sample_images
 from support import checkpoint, plots
@@ -31,6 +31,7 @@ from training.state import TrainingState
 TEST_IMAGES = 1000  # of the test loss
 LEVELS = 10  # bins of t
 PREVIEW_STEPS = 10
+SHOWN_IMAGES = 64  # in data.png
 LOG_SHARE = 0.1  # of the training time
 MEASURED = 400, 200  # training images of each class, and test images, that all metrics of mode evaluate take
 
@@ -44,8 +45,12 @@ def announce(state: TrainingState, before: TrainConfig | None) -> None:
     runtime.say(f"Training {name} for {length(options)} on {runtime.name()}{processes}, {state.config.precision}: "
                 f"{parameters / 1e6:.2f} M parameters.")
     if before is None:
+        if init := state.history.get("init"):
+            learned = "" if init["same_classes"] else " Its images are others, so the classes are learned anew."
+            runtime.say(f"It starts from the averaged weights of {options.init} ({init['weights']}).{learned}")
         if runtime.device.type == "cpu" and options.minutes is None:
             runtime.say("The time remaining is shown below; --minutes 10 gives a first result on a CPU.")
+        show_data(state)
         runtime.say(previews)
         fewest, test = min(count for count in state.history["data"]["classes"] if count), len(state.test)
         if fewest < MEASURED[0] or test < MEASURED[1]:
@@ -59,6 +64,17 @@ def announce(state: TrainingState, before: TrainConfig | None) -> None:
         runtime.say(f"Its length is now {length(options)} instead of {length(before)}: the learning rate changes from "
                     f"{was:.2g} to {now:.2g}, as if that had been its length from the start, and {end}.")
     runtime.say(previews)
+
+
+def show_data(state: TrainingState) -> None:
+    """Writes data.png: the first images of the first epoch, in the order of training, and their labels."""
+    train, data = state.train.to("cpu"), state.history["data"]
+    chosen = random_batch(state.config.seed, 0, min(SHOWN_IMAGES, len(train)), len(train))[0]
+    labels = [class_name(data, k) for k in train.labels[chosen].tolist()]
+    writers = {"data.png": lambda file: plots.save_labelled(file, train.images[chosen], labels,
+                                                            {"digest": data["digest"]})}
+    for path in state.runtime.on_rank0(lambda: write_results(state.results, writers)):
+        state.runtime.say(f"The first {len(chosen)} images, as the network sees them: {path}")
 
 
 class Display:

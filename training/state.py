@@ -3,17 +3,19 @@
 import math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from config import Config, TrainConfig, UserError
 from dataset import LabelledImages, describe
+from model import UNet
+from sample import LoadedModel, load_checkpoint
 from support import checkpoint, code
 from support.runtime import Runtime
-from support.selection import run_path
-from support.settings import differences, stored, training_settings
+from support.selection import resolve, run_path
+from support.settings import differences, network_settings, stored, training_settings
 from training.optimizer import progress
 from training.step import Learner
 
@@ -53,15 +55,35 @@ class TrainingState:
                 f"minutes{skipped}")
 
 
+def initial_model(config: Config, runtime: Runtime) -> LoadedModel | None:
+    """The model of --init, from whose averaged weights a new run starts; raises UserError."""
+    if config.train.init is None:
+        return None
+    path = resolve(config.train.init, "--init")
+    model = load_checkpoint(path, runtime)
+    if model.schedule.prediction != config.diffusion.prediction:
+        raise UserError(f"--init {config.train.init}: its network predicts {model.schedule.prediction}, not "
+                        f"{config.diffusion.prediction}; add --prediction {model.schedule.prediction}")
+    return model
+
+
 def new_state(config: Config, runtime: Runtime, train: LabelledImages, test: LabelledImages) -> TrainingState:
     """A run at its start; precision auto becomes what this device is fast at."""
     if config.train.batch_size < runtime.world:
         raise UserError(f"--batch-size {config.train.batch_size}: fewer images than the {runtime.world} processes; "
                         "raise it, or start fewer")
     config = replace(config, precision=runtime.on_rank0(lambda: runtime.training_precision(config.precision)))
+    model = initial_model(config, runtime)
+    if model:
+        config = replace(config, model=network_settings(model.settings)[0])
     learner = Learner(config, train, runtime)
-    history = {"columns": {}, "running": [0.0, 0], "seconds": 0.0, "skipped": 0, "code": dict(code.IMPORTED),
-               "data": describe(train, config.dataset), "alpha_bar": learner.schedule.alpha_bar}
+    history: dict[str, Any] = {"columns": {}, "running": [0.0, 0], "seconds": 0.0, "skipped": 0,
+                               "code": dict(code.IMPORTED), "data": describe(train, config.dataset),
+                               "alpha_bar": learner.schedule.alpha_bar}
+    if model:
+        same_classes = model.data.get("digest") == history["data"]["digest"]
+        learner.start_from(cast(UNet, model.network), same_classes=same_classes)
+        history["init"] = {"weights": model.digest, "same_classes": same_classes}
     name = str(config.name)
     return TrainingState(config, runtime, train, test, learner, history, run_path(name), Path("results", name))
 

@@ -42,6 +42,15 @@ class Learner:
         alone_on_cuda = runtime.device.type == "cuda" and runtime.world == 1
         self.graph = CudaGraph(runtime) if runtime.compile and alone_on_cuda else None
 
+    def start_from(self, network: UNet, *, same_classes: bool) -> None:
+        """Takes the weights of a network; other classes keep their random embeddings, to be learned anew."""
+        weights = network.state_dict()
+        if not same_classes:
+            classes = self.network.state_dict()["label.weight"][:NO_LABEL]
+            weights["label.weight"] = torch.cat([classes, weights["label.weight"][NO_LABEL:]])
+        for part in (self.network, self.average):
+            part.load_state_dict(weights)
+
     @property
     def slow_steps(self) -> int:
         """Steps at the start of a process that may compile for minutes, and are not counted as training time."""
