@@ -18,7 +18,7 @@ from support import checkpoint, loading, pictures, plots, selection, settings
 from support.runtime import Runtime
 from tests.conftest import TINY
 from tests.processes import start
-from training.log import ENOUGH, ENOUGH_TEST
+from training.log import MEASURED
 from training.state import TrainingState, new_state
 
 CPU = Runtime(torch.device("cpu"), bf16=False, compile=False)
@@ -67,7 +67,7 @@ def test_a_folder_from_training_to_evaluation(own_folder: Path) -> None:
     assert f"pictures: {460 - held} pictures to train on and {held} to test on; classes: 0 (a), 1 (b).\n" in output
     assert "inverted; --no-invert" in output and "The first 64 images, as the network sees them: " in output
     data = checkpoint.load(selection.run_path("mine"))["history"]["data"]
-    assert f"each class (here {min(data['classes'][:2])}) and 200 test images (here {held})" in output
+    assert f"200 test images; here are {min(data['classes'][:2])} and {held}.\n" in output
     assert data["class_names"] == ["a", "b"] and data["inverted"] is True and data["mean"] < 0.5
     picture = Path("results/mine/data.png")
     assert plots.metadata_of(picture) == {"digest": data["digest"]} and Image.open(picture).width == 8 * 88 + 4
@@ -95,7 +95,7 @@ def test_classes_have_names_in_tables_and_pictures() -> None:
 
 
 def test_limits_of_measuring_are_said_as_they_are() -> None:
-    assert (ENOUGH, ENOUGH_TEST) == (2 * reference.FEWEST, classifier.FEWEST)
+    assert MEASURED == (2 * reference.FEWEST, classifier.FEWEST)
 
 
 @pytest.mark.parametrize("name", [f"a.{kind}" for kind in (*KINDS, "JPEG")])
