@@ -133,9 +133,10 @@ def _changes(argv: list[str]) -> list[str]:
     words: list[str] = []
     before = ""
     for word in argv:
-        if before == "--change" or before.startswith("--change=") and word.startswith("--") and " " in word:
+        changes = before.startswith("--change=") and not word.startswith("--change")
+        if before == "--change" or changes and word.startswith("--") and " " in word:
             word = f"--change={word}"
-        elif before.startswith("--change=") and _knob(word).removeprefix("no_") in SWITCHES:
+        elif changes and _knob(word).removeprefix("no_") in SWITCHES:
             raise UserError(f"{word}: write --change before it if it is a change; if it is for all trainings, put it "
                             "before --change")
         words += [word] if word != "--change" else []

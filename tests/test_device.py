@@ -40,6 +40,7 @@ from training.optimizer import Muon, update_average
 from training.state import BAD_STEPS, TrainingState, new_state, read_losses
 
 CPU = Runtime(torch.device("cpu"), bf16=False, compile=False)
+SCHEDULE = make_schedule(Config().diffusion)
 FINITE, NOT_FINITE = torch.tensor(True), torch.tensor(False)
 
 
@@ -233,7 +234,7 @@ def test_the_average_by_hand(decay: float) -> None:
 
 def loss_of(network: UNet, data: LabelledImages) -> Tensor:
     t = torch.randint(1, 1001, (len(data),), device=data.labels.device)
-    return diffusion_loss(network, make_schedule(Config().diffusion), data.images.float(), data.labels, t,
+    return diffusion_loss(network, SCHEDULE, data.images.float(), data.labels, t,
                           torch.randn_like(data.images.float()), clip=True)
 
 

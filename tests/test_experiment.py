@@ -153,7 +153,7 @@ def test_a_name_follows_from_settings_code_and_images(monkeypatch: pytest.Monkey
 def test_the_sides_take_turns(own_folder: Path) -> None:
     config = config_of("--trainings", "4", "--seed", "7", *ADAMW)
     recipes = {"baseline": config, "b": changed("--optimizer adamw", config)}
-    plan = make_plan(recipes, CPU, FEW["train"])
+    plan = make_plan(recipes, CPU, {"baseline": "data", "b": "data"}, len(FEW["train"]))
     assert "".join(training.recipe[-1] for training in plan) == "ebbeebbe"  # the end of "baseline", and b
     assert [training.config.seed for training in plan] == [7, 7, 8, 8, 9, 9, 10, 10]
     assert len({training.config.name for training in plan}) == 8 and {training.done for training in plan} == {0.0}
