@@ -14,6 +14,7 @@ import torch
 
 import training.loop
 from config import Config
+from dataset import LabelledImages
 from evaluation import experiment
 from evaluation.compare import Side
 from evaluation.experiment import Training, changed, fairness, make_plan, minutes_left, run_name
@@ -48,20 +49,34 @@ def config_of(*flags: str) -> Config:
     return replace(settings.parse([*EXPERIMENT, *flags]), precision="fp32")
 
 
+def few(_config: Config, split: str) -> LabelledImages:
+    return FEW[split]
+
+
+def no_comparison(sides: list[Side], *_: Any, **__: Any) -> list[Any]:
+    """In place of minutes of sampling and measuring."""
+    print("compared:", *(f"{side.name} ({len(side.models)})" for side in sides))
+    return []
+
+
 def test_an_experiment_end_to_end(flags: list[str], capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert main([*flags, *ADAMW]) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(experiment, "compare", no_comparison)
+        assert main([*flags, *ADAMW]) == 0
     output = capsys.readouterr().out
     assert "2 recipes, 2 trainings of each; the first training shows" in output
     order = re.findall(r"Training \d of 4: (.*), seed (\d)", output)
     assert order == [("baseline", "0"), ("--optimizer adamw", "0"), ("--optimizer adamw", "1"), ("baseline", "1")]
-    assert "optimizer muon / adamw" in output and "Class-wise distance, which decides" in output
-    assert "Guidance" not in output and len(list(RUNS.iterdir())) == 4
-    assert sorted(path.name for path in Path("results/compare").glob("*/*")) == ["compare.json", "compare.png"]
+    assert "compared: baseline (2) --optimizer adamw (2)" in output and len(list(RUNS.iterdir())) == 4
 
     assert main([*flags, "--change", "--optimizer adamw", "--focus 0"]) == 0  # it reuses four trainings of six
     output = capsys.readouterr().out
     assert "4 of 6 are finished" in output and len(list(RUNS.iterdir())) == 6
     assert re.findall(r"Training \d of 2: (.*), seed (\d)", output) == [("--focus 0", "0"), ("--focus 0", "1")]
+    assert "optimizer muon / adamw" in output and "focus 0.7 / 0.0" in output and "Guidance" not in output
+    assert output.count("Class-wise distance, which decides") == 2
+    assert sorted(path.name for path in Path("results/compare").glob("*/*.json")) == [
+        "compare.json", "compare.json", "experiment.json"]
     summary = json.loads(next(Path("results/compare").glob("*/experiment.json")).read_text())
     assert summary.keys() == {"--optimizer adamw", "--focus 0"}
     table = output.split("class-wise distance  change")[1].splitlines()
@@ -69,26 +84,29 @@ def test_an_experiment_end_to_end(flags: list[str], capsys: Capture, monkeypatch
         assert line.startswith(name) and f"{100 * values['change']:+.1f}%"[:4] in line
 
     monkeypatch.setattr(code, "IMPORTED", code.IMPORTED | {"model.py": "0" * 16})  # edited code makes new ones
+    monkeypatch.setattr(experiment, "compare", no_comparison)
     assert main([*flags, *ADAMW]) == 0
     assert "are finished" not in capsys.readouterr().out and len(list(RUNS.iterdir())) == 10
 
 
 def test_an_interrupted_experiment_goes_on_where_it_stopped(own_folder: Path) -> None:
     flags = [*EXPERIMENT, "--batch-size", "64", "--epochs", "1", *ADAMW]
-    quick = {"evaluation.statistics.FEWEST_FOR_ERRORS": 1000, "evaluation.reference.FEWEST_BLOCKS": 10}
+    quick = {"support.loading.load_split": few, "evaluation.statistics.FEWEST_FOR_ERRORS": 1000,
+             "evaluation.experiment.compare": no_comparison}
     program = start(own_folder, *flags, changes=quick)
     program.wait_for(lambda: re.search("Training 2 of 4.*\n.*epoch", program.output))
     program.signal(signal.SIGINT)
     output = program.finish(128 + signal.SIGINT)
     assert "Stopped. Run the same command again to resume the experiment." in output
     output = start(own_folder, *flags, changes=quick).finish()
-    assert "1 of 4 are finished" in output and "Class-wise distance, which decides" in output
+    assert "1 of 4 are finished" in output and "compared: baseline (2) --optimizer adamw (2)" in output
     assert len(list((own_folder / RUNS).iterdir())) == 4
 
 
 def test_two_processes_make_one_experiment(own_folder: Path) -> None:
     first, second = start_ranks(own_folder, 2, *EXPERIMENT, "--batch-size", "512", "--epochs", "1", *ADAMW, changes={
-        "evaluation.statistics.FEWEST_FOR_ERRORS": 1000, "evaluation.reference.FEWEST_BLOCKS": 10})
+        "support.loading.load_split": few, "evaluation.statistics.FEWEST_FOR_ERRORS": 1000,
+        "evaluation.reference.FEWEST_BLOCKS": 10})
     assert "Class-wise distance, which decides" in first.finish()
     assert not second.finish()
 
@@ -176,12 +194,13 @@ def test_a_training_that_fails_is_a_result(flags: list[str], monkeypatch: pytest
         return train(state)
 
     monkeypatch.setattr(training.loop, "train", fails)
+    monkeypatch.setattr(experiment, "compare", no_comparison)
     assert main([*flags, "--trainings", "3", "--change", "--optimizer adamw", "--focus 0"]) == 0
     output = capsys.readouterr().out
     assert output.count("It failed: the loss was not finite.") == 4
     assert "--optimizer adamw: 3 of 3 trainings failed, so it is not compared." in output
     assert "--focus 0: 1 of 3 trainings failed.\n" in output
-    assert "(2 trainings of" in output and output.count("Class-wise distance, which decides") == 1
+    assert "compared: baseline (3) --focus 0 (2)\n" in output
 
 
 @pytest.mark.parametrize("rates, busy", [((1000, 950), False), ((1000, 850), True)])

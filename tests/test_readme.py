@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from config import Config
-from support import checkpoint, loading, selection, settings
+from support import checkpoint, selection, settings
 from tests.conftest import ROOT, TINY
 
 README = (ROOT / "readme.md").read_text("utf-8")
@@ -85,18 +85,6 @@ def test_script_example() -> None:
     exec(block("load_model").replace("path/to/this/folder", str(ROOT)), names)
     assert names["images"].shape == (30, 28, 28) and names["images"].dtype == np.uint8
     assert len(names["trajectory"].timesteps) == 26 and names["trajectory"].states.shape == (26, 30, 28, 28)
-
-
-@pytest.mark.parametrize("kind", [np.uint8, np.int64])
-def test_data_set_example(kind: type, tmp_path: Path) -> None:
-    names: dict = {}
-    exec(block("write_idx"), names)
-    random = np.random.default_rng(0)
-    for name in ("train", "t10k"):
-        names["write_idx"](tmp_path / f"{name}-images-idx3-ubyte", random.integers(0, 256, (20, 28, 28)).astype(kind))
-        names["write_idx"](tmp_path / f"{name}-labels-idx1-ubyte", np.arange(20).astype(kind) % 10)
-    loaded = loading.load_split(settings.parse(["--dataset", "idx", "--data-dir", str(tmp_path)]), "train")
-    assert len(loaded) == 20 and loaded.labels.tolist() == [k % 10 for k in range(20)]
 
 
 def test_commands_in_the_readme_are_accepted() -> None:
