@@ -89,13 +89,13 @@ def test_script_example() -> None:
 
 def test_commands_in_the_readme_are_accepted() -> None:
     commands = re.findall(r"python run\.py (-[^`\n;#]+)", README.replace("$s", "0").replace("\\\n", ""))
-    assert len(commands) >= 10
+    assert len(commands) >= 8
     for command in commands:
         settings.parse(shlex.split(command.replace("--schedule sigmoid", "")))  # which the reader adds
 
 
 def test_flags_files_and_names_in_the_readme_exist() -> None:
-    known = set(settings.KNOBS) | {f"no_{name}" for name in settings.KNOBS} | {"nproc_per_node", "help"}
+    known = set(settings.KNOBS) | {f"no_{name}" for name in settings.KNOBS} | {"nproc_per_node", "help", "signal"}
     for flag in re.findall(r"`[^`\n]*?--([a-z][a-z-]+)", README):
         assert flag.replace("-", "_") in known, flag
     for name in re.findall(r"`(?:\./)?((?:[a-z_]+/)*[a-z_]+\.py)", README):
