@@ -44,8 +44,8 @@ def changed(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "config.py": [(r'schedule: Literal\[.*\] = "cosine"', schedule),
                       (r'(weighting: Literal\[.*)\]', r'\1, "soft-min-snr"]'),
                       (r'(sampler: Literal\[.*)\]', r'\1, "renoise"]'),
-                      ("    dropout: Ann", '    block: Literal["residual", "gated"] = "residual"  # kind\n\\g<0>')],
-        "model.py": [(r"class Attention\(", f"{block('GatedBlock')}\n\n\\g<0>"), (r"self\.block = .*", stage)],
+                      ("    dropout: Ann", '    block: Literal["residual", "light"] = "residual"  # kind\n\\g<0>')],
+        "model.py": [(r"class Attention\(", f"{block('LightBlock')}\n\n\\g<0>"), (r"self\.block = .*", stage)],
         "samplers.py": [("SAMPLERS: dict", f"{block('def renoise')}\n\n\\g<0>"),
                         ('"sa": sa', '\\g<0>, "renoise": renoise')]}
     for name, edits in changes.items():
@@ -58,7 +58,7 @@ def changed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_each_idea_can_be_trained_and_sampled_from(changed: Path) -> None:
-    flags = ["--schedule", "sigmoid", "--weighting", "soft-min-snr", "--block", "gated", "--sampler", "renoise",
+    flags = ["--schedule", "sigmoid", "--weighting", "soft-min-snr", "--block", "light", "--sampler", "renoise",
              "--minutes", "0.02", "--name", "mine-0", "--dataset", "generated", "--preview", "0", "--steps", "3",
              "--num-images", "4", *TINY]
     process = subprocess.run([sys.executable, "run.py", *flags], cwd=changed, capture_output=True, text=True)
@@ -68,7 +68,7 @@ def test_each_idea_can_be_trained_and_sampled_from(changed: Path) -> None:
     assert alpha_bar.shape == (1001,) and alpha_bar[0] == 1 and alpha_bar[-1] < 2e-4 and (alpha_bar.diff() < 0).all()
     steps = (alpha_bar[1:] / (1 - alpha_bar[1:])).log().diff()
     assert (steps + 18 / 999).abs().max() < 1e-9
-    assert state["model"]["down.0.0.block.gate.weight"].shape == (8, 8)
+    assert state["model"]["down.0.0.block.conv_out.weight"].shape == (8, 8, 1, 1)
     assert (changed / "results/mine-0/samples.npz").is_file()
 
 
