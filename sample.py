@@ -57,9 +57,8 @@ class LoadedModel:
     path: Path = Path()
 
     def __repr__(self) -> str:
-        trained_on = self.data.get("name", "unknown images")
-        return (f"LoadedModel({str(self.path)!r}, trained on {trained_on}, step {self.step:,}, weights {self.digest}, "
-                f"on {self.runtime.name()})")
+        return (f"LoadedModel({str(self.path)!r}, trained on {self.data.get('name', 'unknown images')}, "
+                f"step {self.step:,}, weights {self.digest}, on {self.runtime.name()})")
 
     @property
     def data(self) -> dict[str, Any]:
