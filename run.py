@@ -1,4 +1,4 @@
-"""Trains, samples, evaluates or compares, as the `mode` flag in config.py says. `python run.py --help` lists all."""
+"""Does what the `mode` flag in config.py says: trains, samples, or measures. `python run.py --help` lists all flags."""
 
 import builtins
 import importlib

@@ -95,7 +95,7 @@ class LoadedModel:
             raise UserError(f"labels {labels!r:.100}: give classes from 0 to {CLASSES - 1}, or None for no labels")
         if unknown := options.keys() - {*SAMPLING}:
             raise UserError(f"{', '.join(sorted(unknown))}: no option of sampling; there are {', '.join(SAMPLING)}")
-        wanted = SampleConfig(digits="none" if labels is None else "".join(map(str, classes)),
+        wanted = SampleConfig(write=None, digits="none" if labels is None else "".join(map(str, classes)),
                               num_images=len(classes) or 1 if num_images is None else num_images, **options)
         with torch.device("cpu"):  # whatever the host program's default device is
             request = request_of(self, validate(Config(seed=seed, sample=wanted)))
@@ -237,11 +237,11 @@ def choose_labels(digits: str | None, seed: int, indices: Sequence[int], classes
 
 def provenance(model: LoadedModel, request: SampleRequest) -> dict[str, str]:
     """Where images came from, for the metadata of a PNG and for reports."""
-    knobs = {name: str(getattr(request.options, name)) for name in (*SAMPLING, "digits")
-             if not name.startswith("guidance")}
+    knobs = {name: str(getattr(request.options, name)) for name in (*SAMPLING, "digits") if "guidance" not in name}
     return {"weights": model.digest, "trained_on": str(model.data.get("name", "unknown")), "step": str(model.step),
             "seed": str(request.seed), "images": str(len(request.indices)), "guidance": f"{request.guidance:g}",
-            "guidance_interval": "{:g} {:g}".format(*request.interval), **knobs}
+            "guidance_interval": "{:g} {:g}".format(*request.interval), **knobs,
+            "precision": "bf16" if model.runtime.bf16 else "fp32"}
 
 
 def sample_images(model: LoadedModel, request: SampleRequest, shown: int = 0,

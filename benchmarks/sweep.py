@@ -59,8 +59,7 @@ def main(argv: list[str]) -> None:
             reference = reference or make_reference(config, *data, labels)
             row = provenance(model, requests[0]) | {
                 "seed": " ".join(map(str, seeds)), "images": str(len(labels)), "compared_with": images["digest"],
-                "classifier": reference.classifier.digest if reference.classifier else "",
-                "precision": "bf16" if runtime.bf16 else "fp32"}
+                "classifier": reference.classifier.digest if reference.classifier else ""}
             if any({key: line.get(key) for key in row} == row for line in table):
                 continue
             sampled = torch.cat([sample_images(model, request, progress="sampling")[0] for request in requests])

@@ -146,8 +146,9 @@ def make_common_reference(sides: Sequence[Side], config: Config, train: Labelled
 def settings_differences(a: Side, b: Side) -> list[str]:
     """In which settings, code and effort the sides differ, a line each."""
     model_a, model_b = a.models[0], b.models[0]
-    stored = (side.models[0].settings | {"sample": asdict(side.requests[0].options)} for side in (a, b))
-    changed = [f"{name} {value_a} / {value_b}" for name, value_a, value_b in settings.differences(*stored)]
+    stored_a, stored_b = (side.models[0].settings | {"sample": asdict(side.requests[0].options)} for side in (a, b))
+    changed = [f"{name} {value_a} / {value_b}"
+               for name, value_a, value_b in settings.differences(stored_a, stored_b, settings.NO_RECIPE)]
     code = [model.history.get("code", {}) for model in (model_a, model_b)]
     files = [name for name in {**code[0], **code[1]} if code[0].get(name) != code[1].get(name)]
     efforts = [(fmean(model.images_seen for model in side.models),

@@ -48,14 +48,15 @@ def main(config: Config, runtime: Runtime) -> int:
     code.note_edits(runtime.say)
     config = selection.settle(config, runtime)
     config = replace(config, precision=runtime.on_rank0(lambda: runtime.training_precision(config.precision)),
-                     train=replace(config.train, preview=0))
+                     train=replace(config.train, preview=0, fresh=False, same_code=False))
     recipes = {BASELINE: config, **{flags: changed(flags, config) for flags in config.change}}
     data = loading.load_both(config, runtime)
     starts = {}
     for name, recipe in recipes.items():  # what would fail after hours of training fails now
         state = new_state(recipe, runtime, *data)
         measuring_request(name, current_model(state), recipe)
-        starts[name] = json.dumps([state.history["data"]["digest"], state.history.get("init")])
+        speed = [runtime.device.type, runtime.world, runtime.compile] if recipe.train.minutes else None
+        starts[name] = json.dumps([state.history["data"]["digest"], state.history.get("init"), speed])
     plan = make_plan(recipes, runtime, starts, len(data[0]))
     missing = [training for training in plan if training.done < 1]
     finished = f"; {len(plan) - len(missing)} of {len(plan)} are finished" if len(missing) < len(plan) else ""
@@ -87,7 +88,7 @@ def main(config: Config, runtime: Runtime) -> int:
 def changed(flags: str, config: Config) -> Config:
     """The config with the flags of a change; raises UserError for any but flags of a recipe, and for no change."""
     try:
-        words = shlex.split(flags)
+        words = shlex.split(flags, posix=os.name == "posix")  # Windows' paths have backslashes
         recipe = settings.parse([*words, "--mode", "experiment"], config)
     except (UserError, ValueError) as error:  # ValueError: a quote that does not end
         raise UserError(f"--change '{flags}': {error}") from None
@@ -103,7 +104,8 @@ def changed(flags: str, config: Config) -> Config:
 def make_plan(recipes: dict[str, Config], runtime: Runtime, starts: dict[str, str], images: int) -> list[Training]:
     """All trainings, each seed of all recipes in turn, forwards and backwards, so that a busy hour hits all alike.
 
-    starts: what names the training images, of which there are so many, and the initial weights of a recipe.
+    starts: what names a recipe's training images, of which there are so many, its initial weights and, where minutes
+    count, what it runs on.
     """
     plan = []
     for turn in range(recipes[BASELINE].trainings):
@@ -119,7 +121,7 @@ def run_name(config: Config, start: str) -> str:
     recipe = {name: value for name, value in settings.stored(config).items() if name != "seed"}
     identity = json.dumps([recipe, code.IMPORTED, start], sort_keys=True)
     default = replace(Config(), dataset=config.dataset, seed=config.seed, precision=config.precision)
-    changes = settings.differences(settings.stored(default), settings.stored(config))
+    changes = settings.differences(settings.stored(default), settings.stored(config), settings.NO_RECIPE)
     words = re.sub(r"[^\w.]+", "-", "-".join(f"{name}-{value}" for name, _, value in changes))[:40].strip("-.")
     return f"experiment/{words or 'default'}-{hashlib.sha256(identity.encode()).hexdigest()[:8]}-s{config.seed}"
 
@@ -159,8 +161,8 @@ def load_sides(trainings: Sequence[Training], recipes: dict[str, Config], runtim
 
 def fairness(a: Side, b: Side) -> list[str]:
     """Whether equal minutes were equal work: the images that each side saw, and trainings on a busy machine."""
-    if any(model.settings["train"]["minutes"] is None for side in (a, b) for model in side.models):
-        return []
+    if len({model.settings["train"]["minutes"] for side in (a, b) for model in side.models} | {None}) != 2:
+        return []  # epochs, or other minutes
     seen_a, seen_b = (fmean(model.images_seen for model in side.models) for side in (a, b))
     lines = [f"In equal time a saw {seen_a:,.0f} images, and b {seen_b:,.0f}: {seen_b / seen_a:.2f} times as many."]
     for letter, side in zip("ab", (a, b)):

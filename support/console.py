@@ -68,6 +68,11 @@ class Guarded:
             self._stream.write(text)
         return len(text)
 
+    def isatty(self) -> bool:
+        with contextlib.suppress(OSError, ValueError):
+            return self._stream.isatty()
+        return False
+
     def flush(self) -> None:
         with contextlib.suppress(OSError, ValueError):
             self._stream.flush()

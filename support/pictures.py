@@ -30,6 +30,7 @@ UNREADABLE = 0.01  # share of files that may be no pictures
 HELD_OUT = 10  # one picture in so many is a test image
 BRIGHT = 128  # grey level from which a border is bright
 SHOWN = 10  # names in a message
+CODE = code.digest("support/pictures.py")  # as it was imported
 
 
 class Pictures(NamedTuple):
@@ -89,6 +90,9 @@ def _find(folder: Path, classes: int) -> tuple[list[tuple[Path, int, str]], list
     roots, names = {"": folder}, _folders(folder)
     if "train" in names and {*names} <= {"train", "test"}:
         roots = {name: folder / name for name in reversed(names)} if "test" in names else {"": folder / "train"}
+    elif {"train", "test"} < {*names}:
+        extra = ", ".join(name for name in names if name not in ("train", "test"))
+        raise UserError(f"{folder}: beside train and test it has {extra}; move these away, or put all classes into it")
     class_names = _folders(next(iter(roots.values())))
     if len(class_names) > classes:
         raise UserError(f"{folder}: it has {len(class_names)} folders of classes ({', '.join(class_names):.200}), and "
@@ -138,7 +142,7 @@ def _readable() -> Iterator[None]:
 def _read_once(folder: Path, paths: list[Path]) -> tuple[NDArray[np.uint8], NDArray[np.uint64], NDArray[np.int16]]:
     """What `_read` gives of each file, from the cache if no file has changed since; a border of -1: unreadable."""
     listing = [(path.relative_to(folder).as_posix(), (stat := path.stat()).st_size, stat.st_mtime_ns) for path in paths]
-    key = hashlib.sha256(json.dumps([code.digest("support/pictures.py"), listing]).encode()).hexdigest()
+    key = hashlib.sha256(json.dumps([CODE, listing]).encode()).hexdigest()
     place = hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:8]
     kept = KEPT / f"{re.sub(r'[^a-zA-Z0-9]+', '-', folder.name)[:40]}-{place}.npz"
     with contextlib.suppress(OSError, ValueError, LookupError, EOFError, zipfile.BadZipFile), np.load(kept) as saved:

@@ -10,6 +10,7 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict, fields, is_dataclass, replace
 from typing import Any, get_type_hints
 from unittest import mock
@@ -36,6 +37,7 @@ STORED = ("dataset", "seed", "precision", "model", "diffusion", "train")  # what
 # What the code did before a knob existed: its value for a checkpoint that lacks the knob, in place of the default.
 LEGACY = {"model": {}, "diffusion": {}, "train": {"clip_loss": False, "focus": 0.0, "init": None}}
 CHANGEABLE_ON_RESUME = ("epochs", "minutes", "preview", "deterministic", "fresh", "same_code")
+NO_RECIPE = ("preview", "fresh", "same_code")  # settings that are no part of how a network is trained
 # Which sampler has an option that not all have: knob -> sampler, as config.py marks it.
 SAMPLER_OF = {name: mark.sampler for name, kind in get_type_hints(SampleConfig, include_extras=True).items()
               for mark in getattr(kind, "__metadata__", ()) if isinstance(mark, OnlyFor)}
@@ -210,11 +212,12 @@ def network_settings(values: Any) -> tuple[ModelConfig, str]:
     return config.model, config.diffusion.prediction
 
 
-def differences(before: dict[str, Any], now: dict[str, Any]) -> list[tuple[str, str, str]]:
-    """The stored settings that decide training and differ: name, value before, value now."""
+def differences(before: dict[str, Any], now: dict[str, Any],
+                skipped: Sequence[str] = CHANGEABLE_ON_RESUME) -> list[tuple[str, str, str]]:
+    """The stored settings that differ, but for the skipped ones: name, value before, value now."""
     before, now = flat(before), flat(now)
     return [(name.replace("_", "-"), _show(before.get(name, "unknown")), _show(now.get(name, "unknown")))
-            for name in {**before, **now} if name not in CHANGEABLE_ON_RESUME and before.get(name) != now.get(name)]
+            for name in {**before, **now} if name not in skipped and before.get(name) != now.get(name)]
 
 
 def flat(values: Any) -> dict[str, Any]:

@@ -124,6 +124,7 @@ def _main(folder: Path, flags: list[str], changes: dict[str, Any], environment: 
     for name, descriptor in (("output", 1), ("errors", 2)):
         os.dup2(os.open(said / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # and what nohup starts ignores this one
     os.chdir(folder)
     os.environ.update(environment)
     torch.set_num_threads(1)

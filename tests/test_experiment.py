@@ -214,3 +214,15 @@ def test_equal_time_on_a_busy_machine_is_said(rates: tuple[int, int], busy: bool
     assert len(lines) == 1 + busy and all("a training of b saw 15% fewer" in line for line in lines[1:])
     assert fairness(side(None, 500, 500), side(None, *rates)) == []
     assert experiment.BUSY == 0.9
+
+
+def test_minutes_that_differ_are_no_equal_time_and_are_named_as_a_difference() -> None:
+    def side(minutes: float) -> Side:
+        return Side("x", [SimpleNamespace(images_seen=600, history={"seconds": 60.0},  # type: ignore[list-item]
+                                          settings={"train": {"minutes": minutes}})], [])
+
+    assert fairness(side(1.0), side(2.0)) == [] and len(fairness(side(1.0), side(1.0))) == 1
+    config = config_of("--minutes", "1", *ADAMW)
+    longer = settings.stored(changed("--minutes 2", config))
+    assert settings.differences(settings.stored(config), longer, settings.NO_RECIPE) == [("minutes", "1.0", "2.0")]
+    assert not settings.differences(settings.stored(config), longer)  # a run may go on for longer

@@ -1,4 +1,4 @@
-"""mode train: the loop, and when a run is saved and logged. The step itself is in training/step.py."""
+"""mode train, and a training of mode experiment: the loop, and when a run is saved and logged."""
 
 import contextlib
 import time
