@@ -69,7 +69,7 @@ class Guarded:
         return len(text)
 
     def isatty(self) -> bool:
-        with contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(AttributeError, OSError, ValueError):
             return self._stream.isatty()
         return False
 
