@@ -26,7 +26,6 @@ STYLE: Any = {  # min_exponent: plain numbers on log axes, such as 0.01
     "figure.dpi": DPI, "figure.labelsize": "medium", "font.size": 12, "legend.frameon": False, "axes.axisbelow": True,
     "axes.titlelocation": "left", "axes.titlesize": 13, "axes.spines.top": False, "axes.spines.right": False,
     "axes.grid": True, "axes.grid.axis": "y", "grid.color": "#e6e6e6", "axes.formatter.min_exponent": 6,
-    "text.parse_math": False,  # a name of the user's may have dollars
 }
 BASELINE = "baseline (real images)"
 LANDMARK: Any = {"color": "black", "linewidth": 1, "linestyle": (0, (4, 3))}  # a line at the value to compare with
@@ -180,7 +179,7 @@ def save_evaluation(path: Path, report: Mapping[str, Any], metadata: Mapping[str
                           transform=axes.get_yaxis_transform())
         axes.axvline(1, label=BASELINE, **LANDMARK)
         axes.set(title="Distance to the training images", xlabel="times the baseline", xscale="log",
-                 yticks=range(len(names)), yticklabels=names,
+                 yticks=range(len(names)), yticklabels=_without_math(names),
                  ylim=(len(names) - 0.4, -0.42 * len(names)))  # downwards, with room for the legend
         axes.legend(loc="upper right", frameon=True, framealpha=1, edgecolor="none")  # over the landmark
         axes, histogram = panels["classes"], report["histogram"]
@@ -288,6 +287,11 @@ def _page(rows: Sequence[Sequence[np.ndarray] | np.ndarray], gap: int, paper: in
     return np.pad(page, ((0, gap), (0, gap)), constant_values=paper)
 
 
+def _without_math(names: Sequence[Any]) -> list[str]:
+    """Names for matplotlib, which takes what stands between two dollars for mathematics, as its own log axes need."""
+    return [str(name).replace("$", r"\$") for name in names]
+
+
 def _draw_intervals(axes: Any, rows: Sequence[tuple[str, float, float, float]]) -> None:
     """A line for each row (name, change, low, high), from low to high, in per cent."""
     for name, change, low, high in rows:  # beyond 100 an interval leaves the picture, and a change is an arrow
@@ -305,7 +309,7 @@ def _draw_bars(axes: Any, rows: Mapping[str, ArrayLike], names: Sequence[Any], n
         places = np.arange(len(names)) + 0.8 * ((k + 0.5) / len(rows) - 0.5)
         bars = axes.bar(places, heights, 0.74 / len(rows), color=(BLUE, GREY)[k], label=label)
         axes.bar_label(bars, fmt=numbers, fontsize="small", padding=2)
-    axes.set_xticks(range(len(names)), names)
+    axes.set_xticks(range(len(names)), _without_math(names))
     axes.margins(y=0.35)  # room for the legend
     axes.legend(ncols=2, loc="upper center")
 

@@ -535,3 +535,12 @@ def test_no_failure_of_a_picture_ends_a_run(tmp_path: Path, capsys: pytest.Captu
 
     written = write_results(tmp_path, {"loss.png": broken, "table.csv": lambda path: path.touch()})
     assert written == [tmp_path / "table.csv"] and "numpy has another ABI" in capsys.readouterr().out
+
+
+def test_log_axes_show_numbers_and_names_keep_their_dollars(tmp_path):
+    """Matplotlib writes the numbers of log axes as mathematics, so mathematics stays on."""
+    with plots.open_figure(tmp_path / "x.png", 400, 300, {}) as figure:
+        axes = figure.subplots()
+        assert axes.text(0, 0, "").get_parse_math()
+        axes.set_xticks([0, 1], plots._without_math(["$a$", 5]))
+    assert [label.get_text() for label in axes.get_xticklabels()] == [r"\$a\$", "5"]
