@@ -30,8 +30,7 @@ from support.randomness import LABEL_STREAM, NOISE_STREAM, generator
 from support.runtime import Runtime, make_runtime
 from support.settings import SAMPLING, network_settings, validate
 
-SHOWN = 6  # images in the pictures of the process
-COLUMNS, FRAMES = 15, 60  # states in process.png and in process.gif, at most
+SHOWN, COLUMNS, FRAMES = 6, 15, 60  # images in pictures of the process; states in process.png and .gif, at most
 MOST_IN_GRID = 1024  # images in sample.png; Pillow refuses pictures of tens of thousands
 LABELS_PER_CLASS = 10  # of each class in a block of labels
 
@@ -140,14 +139,15 @@ def load_checkpoint(path: Path, runtime: Runtime) -> LoadedModel:
     state = runtime.on_rank0(lambda: checkpoint.load(path) | {"model": None, "optimizer": None})
     try:
         settings, prediction = network_settings(state["config"])
-    except UserError as error:
+        schedule = NoiseSchedule(state["history"]["alpha_bar"], prediction)
+    except (UserError, LookupError, ValueError, TypeError, AttributeError, RuntimeError) as error:
         raise UserError(f"{path}: {error}") from None
     with torch.device("cpu"):
         network = UNet(settings).float()  # whatever the host program's default device and dtype are
     checkpoint.load_weights(network, state["ema"], path)
     network = network.eval().requires_grad_(False).to(runtime.device).to(memory_format=runtime.memory_format)
-    return LoadedModel(network, NoiseSchedule(state["history"]["alpha_bar"], prediction), runtime,
-                       state["config"], state["history"], checkpoint.weights_digest(state["ema"]), state["step"], path)
+    return LoadedModel(network, schedule, runtime, state["config"], state["history"],
+                       checkpoint.weights_digest(state["ema"]), state["step"], path)
 
 
 def make_request(model: LoadedModel, options: SampleConfig, seed: int, count: int) -> SampleRequest:
