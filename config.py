@@ -75,14 +75,14 @@ class TrainConfig:
     init: Annotated[str | None, UNSET] = None
     epochs: Annotated[int, Ge(1), Le(10**7)] = 100  # passes over the training images
     minutes: Annotated[float | None, Gt(0), Le(10**6), UNSET] = None  # minutes of training steps, in place of epochs
-    batch_size: Annotated[int, Ge(1), Le(10**5)] = 64  # images per step, over all processes together
-    lr: Annotated[float, Gt(0), Le(10)] = 2e-3  # peak learning rate
+    batch_size: Annotated[int, Ge(1), Le(10**5)] = 256  # images per step, over all processes together
+    lr: Annotated[float, Gt(0), Le(10)] = 4e-3  # peak learning rate
     lr_schedule: Literal["linear", "cosine", "constant"] = "linear"  # decay to zero over the run, or none
     warmup: Annotated[int, Ge(0), Le(10**7)] = 100  # steps over which the learning rate rises from zero
     optimizer: Literal["muon", "adamw"] = "muon"  # muon: Muon for inner convolutions, AdamW for the rest
     weight_decay: Annotated[float, Ge(0), Le(10)] = 0.05  # decoupled weight decay, times the learning rate
     grad_clip: Annotated[float, Gt(0)] = 1.0  # largest norm of the gradient; inf: no clipping
-    ema: Annotated[float, Ge(0), Lt(1)] = 0.999  # decay of the averaged weights per step, warmed up; 0: no averaging
+    ema: Annotated[float, Ge(0), Lt(1)] = 0.996  # decay of the averaged weights per step, warmed up; 0: no averaging
     clip_loss: bool = True  # no loss where the predicted x0 overshoots black or white
     focus: Annotated[float, Ge(0), Lt(1)] = 0.7  # share of a batch drawn from alpha_bar 0.1 to 0.65
     label_dropout: Share = 0.05  # share of images trained without their label
