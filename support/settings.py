@@ -36,7 +36,7 @@ SWITCHES = {knob.name for group in GROUPS.values() for knob in fields(group) if 
 STORED = ("dataset", "seed", "precision", "model", "diffusion", "train")  # what a checkpoint keeps of its config
 # What the code did before a knob existed: its value for a checkpoint that lacks the knob, in place of the default.
 LEGACY = {"model": {}, "diffusion": {}, "train": {"clip_loss": False, "focus": 0.0, "init": None}}
-CHANGEABLE_ON_RESUME = ("epochs", "minutes", "preview", "deterministic", "fresh", "same_code")
+CHANGEABLE_ON_RESUME = ("epochs", "minutes", "preview", "deterministic", "fresh", "same_code", "precision")
 NO_RECIPE = ("preview", "fresh", "same_code")  # settings that are no part of how a network is trained
 # Which sampler has an option that not all have: knob -> sampler, as config.py marks it.
 SAMPLER_OF = {name: mark.sampler for name, kind in get_type_hints(SampleConfig, include_extras=True).items()

@@ -31,7 +31,7 @@ from model import UNet
 from support import checkpoint, loading, plots, settings
 from support.cuda_graphs import compiled
 from support.precision import deterministic
-from support.runtime import Runtime, make_runtime
+from support.runtime import Runtime, fast_bf16, make_runtime
 from tests.conftest import TINY, write_set
 from tests.fake_mps import MPS, FakeMps, pretended_mps
 from tests.processes import nothing
@@ -266,11 +266,10 @@ def test_bf16_keeps_the_loss_in_float32() -> None:
 
 
 @pytest.mark.parametrize("fast", [False, True])
-def test_auto_trains_in_bf16_where_the_cpu_is_fast_at_it(fast: bool, monkeypatch: pytest.MonkeyPatch,
-                                                         capsys: pytest.CaptureFixture[str]) -> None:
-    """There, in bfloat16, convolutions and linear layers of the training step alone; all else stays in float32."""
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: fast)
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+def test_auto_is_bf16_where_the_cpu_is_fast_at_it(fast: bool, monkeypatch: pytest.MonkeyPatch,
+                                                  capsys: pytest.CaptureFixture[str]) -> None:
+    """There, convolutions and linear layers, in training, sampling and test losses; all else stays in float32."""
+    monkeypatch.setattr("support.runtime.fast_bf16", lambda device: fast)
     state = tiny_state("--precision", "auto", runtime=make_runtime(Config(device="cpu", compile="off")))
     chosen = "bf16" if fast else "fp32"
     assert settings.stored(state.config)["precision"] == state.config.precision == chosen
@@ -288,7 +287,27 @@ def test_auto_trains_in_bf16_where_the_cpu_is_fast_at_it(fast: bool, monkeypatch
     for other in (training.log.test_loss, sample_two):
         seen.clear()
         other(state)
-        assert seen["Conv2d"] == seen["Linear"] == seen["GroupNorm"] == {torch.float32}
+        assert seen["Conv2d"] == seen["Linear"] == {step} and seen["GroupNorm"] == {torch.float32}
+
+
+@pytest.mark.parametrize("amx, avx512, vendor, fast", [
+    (True, True, "GenuineIntel", True), (False, True, "GenuineIntel", False), (False, True, "AuthenticAMD", True),
+    (False, False, "AuthenticAMD", False)])
+@pytest.mark.parametrize("windows", [False, True])
+def test_which_cpus_are_fast_at_bf16(amx: bool, avx512: bool, vendor: str, fast: bool, windows: bool,
+                                     monkeypatch: pytest.MonkeyPatch) -> None:
+    """Intel's with AVX512-BF16 but without AMX, as a virtual machine may hide it, are slower at it than in float32."""
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+
+    def read_text(path: Path, *_: str) -> str:
+        if windows:
+            raise FileNotFoundError(path)
+        return f"processor\t: 0\nvendor_id\t: {vendor}\n"
+
+    monkeypatch.setattr(Path, "read_text", read_text)
+    monkeypatch.setattr("platform.processor", lambda: f"AMD64 Family 25, {vendor}" if windows else "x86_64")
+    assert fast_bf16(torch.device("cpu")) == fast
 
 
 @pytest.mark.parametrize("fast", [True, False])
@@ -296,7 +315,7 @@ def test_auto_trains_in_bf16_where_the_cpu_is_fast_at_it(fast: bool, monkeypatch
 def test_explicit_precision_holds_everywhere(precision: Any, expected: torch.dtype, fast: bool,
                                              monkeypatch: pytest.MonkeyPatch) -> None:
     """In training steps, test losses and sampling, whatever the CPU is fast at."""
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: fast)
+    monkeypatch.setattr("support.runtime.fast_bf16", lambda device: fast)
     state = tiny_state("--precision", precision, runtime=make_runtime(Config(device="cpu", precision=precision)))
     seen = watched(state)
     for work in (lambda state: state.learner.step(1, 1e-3), training.log.test_loss, sample_two):

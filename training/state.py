@@ -91,7 +91,7 @@ def new_state(config: Config, runtime: Runtime, train: LabelledImages, test: Lab
 def resume(state: TrainingState, precision: str) -> TrainConfig:
     """Fills the state from its checkpoint and returns the options that it was saved with.
 
-    The run goes on in the precision that it began with, also if `precision`, which the user gave, is "auto".
+    If `precision`, which the user gave, is "auto", the run goes on in the one that it began with.
     Raises UserError, before anything is written, if the checkpoint is damaged or not of this same run.
     """
     path, start_over = state.path, "choose another --name, or start over with --fresh, which keeps the old file"
@@ -133,6 +133,13 @@ def resume(state: TrainingState, precision: str) -> TrainConfig:
     except (LookupError, ValueError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: its optimizer state does not fit ({error}); start over with --fresh") from None
     state.step, state.history = saved["step"], history | {"code": state.history["code"]}
+    began, now = before.precision, state.config.precision
+    if now != began:
+        state.runtime.say(f"note: this run trained in {began} and goes on in {now}, so its weights will differ from those "
+                          "of a run in one precision.")
+    elif now == "bf16" and precision == "auto" and state.runtime.training_precision("auto") == "fp32":
+        state.runtime.say("note: this run trains in bf16, as it began, at which this device is slow: --precision fp32 "
+                          "is faster here.")
     if assumed:
         state.runtime.say(f"note: {path} is older than these settings, and is continued with {', '.join(assumed)}")
     return before.train
