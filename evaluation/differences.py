@@ -32,8 +32,8 @@ class Difference(NamedTuple):
     def show(self, value: float) -> str:
         """A change as a text: in per cent for distances, in percentage points for all else."""
         if not self.metric.distance:
-            return f"{100 * value:+.2f}"
-        return f"{100 * value:+.1f}%" if abs(value) < 0.0995 else f"{100 * value:+,.0f}%"
+            return f"{round(100 * value, 2) + 0:+.2f}"  # + 0: no "-0.00"
+        return f"{round(100 * value, 1) + 0:+.1f}%" if abs(value) < 0.0995 else f"{100 * value:+,.0f}%"
 
 
 def compare_networks(a: Estimates, b: Estimates, baseline: Baseline) -> list[Difference]:

@@ -49,7 +49,12 @@ def main(config: Config, runtime: Runtime) -> int:
     config = selection.settle(config, runtime)
     config = replace(config, precision=runtime.on_rank0(lambda: runtime.training_precision(config.precision)),
                      train=replace(config.train, preview=0, fresh=False, same_code=False))
-    recipes = {BASELINE: config, **{flags: changed(flags, config) for flags in config.change}}
+    recipes = {BASELINE: config}
+    for flags in config.change:
+        recipe = changed(flags, config)
+        if same := [name for name in recipes if settings.stored(recipes[name]) == settings.stored(recipe)]:
+            raise UserError(f"--change '{flags}': {same[0]} has these values already; change something")
+        recipes[flags] = recipe
     data = loading.load_both(config, runtime)
     starts = {}
     for name, recipe in recipes.items():  # what would fail after hours of training fails now
@@ -77,16 +82,18 @@ def main(config: Config, runtime: Runtime) -> int:
             failed.add(str(training.config.name))
             runtime.say(f"  It failed: {error}.")
     sides = load_sides([training for training in plan if training.config.name not in failed], recipes, runtime)
-    if len(sides) > 1:
-        deciding = compare(sides, config, runtime, *data, introduction=lambda a, b: [
-            "", *settings_differences(a, b), *fairness(a, b)])
-        for path in runtime.on_rank0(lambda: summarize(sides, deciding) if len(deciding) > 1 else []):
-            runtime.say(f"  {path}")
+    if len(sides) < 2:
+        raise UserError("nothing is left to compare, which takes two trainings of the baseline and of a change: try a "
+                        "lower --lr, or --precision fp32")
+    deciding = compare(sides, config, runtime, *data, introduction=lambda a, b: [
+        "", *settings_differences(a, b), *fairness(a, b)])
+    for path in runtime.on_rank0(lambda: summarize(sides, deciding) if len(deciding) > 1 else []):
+        runtime.say(f"  {path}")
     return 0
 
 
 def changed(flags: str, config: Config) -> Config:
-    """The config with the flags of a change; raises UserError for any but flags of a recipe, and for no change."""
+    """The config with the flags of a change; raises UserError for any but flags of a recipe."""
     try:
         words = shlex.split(flags, posix=os.name == "posix")  # Windows' paths have backslashes
         recipe = settings.parse([*words, "--mode", "experiment"], config)
@@ -96,8 +103,6 @@ def changed(flags: str, config: Config) -> Config:
     if refused := [name for name, group in groups.items() if group not in ("model", "diffusion", "train")]:
         raise UserError(f"--change '{flags}': {', '.join(refused)} is no part of a recipe; a change takes flags of the "
                         "model, the diffusion and the training")
-    if settings.stored(recipe) == settings.stored(config):
-        raise UserError(f"--change '{flags}': the baseline has these values already; change something")
     return recipe
 
 

@@ -125,11 +125,11 @@ def lock(folder: Path) -> Iterator[None]:
             owner = "an unknown process"
             with contextlib.suppress(OSError):
                 owner = holder.read_text("utf-8").strip()
-            raise UserError(f"another run of this name is going on ({owner}, {folder}): wait, or choose another "
-                            f"--name; if that process has ended, delete {path}") from None
+            raise UserError(f"another run of this name is going on ({owner}, {folder}): wait for it, or stop "
+                            f"it; if that process has ended, delete {path}") from None
         except (OSError, NotImplementedError) as error:
             if isinstance(error, PermissionError) or getattr(error, "errno", None) == errno.EROFS:
-                raise UserError(f"{folder}: {error}; make it writable, or choose another --name") from None
+                raise UserError(f"{folder}: {error}; make it writable") from None
             say(f"WARNING: {folder} can't be locked ({error}); don't start a second run of this name.")
         else:
             with contextlib.suppress(OSError):

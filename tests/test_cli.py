@@ -331,8 +331,8 @@ def test_knobs_that_are_newer_than_a_checkpoint_have_their_legacy_values() -> No
         del stored[group][name]
     del stored["seed"], stored["diffusion"], stored["train"]["same_code"]  # which no run depends on
     config, assumed = settings.training_settings(stored)
-    assert sorted(assumed) == ["clip-loss False", "dropout 0.0", "ema 0.999", "focus 0.0", "prediction v",
-                               "schedule cosine", "seed 0", "timesteps 1000", "weighting none"]
+    assert sorted(assumed) == ["clip-loss False", "dropout 0.0", f"ema {Config().train.ema}", "focus 0.0",
+                               "prediction v", "schedule cosine", "seed 0", "timesteps 1000", "weighting none"]
     assert config.model == dataclasses.replace(Config().model, embedding=64) and config.train.lr == 0.1
     assert (config.train.focus, config.train.clip_loss) == (0.0, False)
     now = settings.stored(settings.parse(["--embedding", "64", "--lr", "0.1"]))  # so today's defaults don't continue it

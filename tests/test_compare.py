@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+from config import TrainConfig
 from evaluation import compare
 from evaluation.compare import (
     Side,
@@ -52,12 +53,12 @@ def test_a_comparison_end_to_end(two: list[str], monkeypatch: pytest.MonkeyPatch
         bars.append(desc), progress_bar(shown, desc=desc, **options))[1])
     assert main([*two, "--runs", "one", "two"]) == 0
     output = capsys.readouterr().out
-    for said in ("lr 0.002 / 0.1", "Code in which they differ: model.py.", "b has 2.00 times a's", "95% interval",
-                 "Class-wise distance, which decides", "about these two networks", "four times in five",
+    for said in (f"lr {TrainConfig().lr} / 0.1", "Code in which they differ: model.py.", "b has 2.00 times a's",
+                 "95% interval", "Class-wise distance, which decides", "about these two networks", "four times in five",
                  "all else is best where the baseline is", "*: the interval excludes 0"):
         assert said in output, said
     assert "they did not see as many images" not in output
-    assert output.count("note: the images are still static: the network has seen 6,400,") == 2  # as mode sample says
+    assert output.count("note: the images are still static: the network has seen 25,600,") == 2  # as mode sample says
     assert bars == ["sampling one", "sampling two"]
     assert output.index("Measuring the real images") < output.index("note: the images")
     folder, = Path("results/compare").iterdir()
@@ -123,7 +124,10 @@ def test_a_side_has_its_own_way_of_sampling_or_several_runs(two: list[str]) -> N
     assert own.requests[0].options.guidance_interval == (0.2, 0.9)
     assert torch.equal(plain.requests[0].labels, own.requests[0].labels)
     said = " ".join(settings_differences(plain, own))
-    assert "guidance 2.1 / 1.4" in said and "sampler sa / ddim" in said and "Code" not in said
+    assert f"guidance {config.sample.guidance:g} / 1.4" in said and "sampler sa / ddim" in said and "Code" not in said
+    everywhere = settings.parse([*two, "--guidance-interval", "0", "1"])
+    guided, unguided = (load_side(f"one --guidance {guidance}", everywhere, CPU).requests[0] for guidance in (3, 1))
+    assert guided.interval == (0, 1) and guided.guidance == 3 and unguided.guidance == 1
     save_network(Path("checkpoints/three/last.safetensors"), 2)
     several = load_side("one, two,checkpoints/three/last.safetensors", config, CPU)
     assert [model.step for model in several.models] == [100] * 3

@@ -213,7 +213,7 @@ def test_a_second_run_of_one_name_refuses(idx_folder: Path, tmp_path: Path, monk
     monkeypatch.chdir(tmp_path)
     assert main(flags) == 2
     errors = capsys.readouterr().err
-    assert "--name" in errors and len(errors.strip().splitlines()) == 1
+    assert "wait for it, or stop it" in errors and len(errors.strip().splitlines()) == 1
     assert (f"process {first.process.pid} on {socket.gethostname()}" in errors
             and f"delete {Path('checkpoints/idx/lock')}" in errors)
     first.kill()

@@ -113,7 +113,8 @@ def test_two_processes_make_one_experiment(own_folder: Path) -> None:
     (["--change", "--sheddule linear"], "--change '--sheddule linear': Unrecognized options: --sheddule"),
     (["--change", "--schedule"], "--change '--schedule'"),
     (["--change", "schedule linear"], "--change 'schedule linear': Unrecognized options"),
-    (["--change", "--lr 2e-3"], "--change '--lr 2e-3': the baseline has these values already"),
+    (["--change", f"--lr {Config().train.lr}"], "': baseline has these values already"),
+    (["--change", "--focus 0", "--focus 0.0"], "--change '--focus 0.0': --focus 0 has these values already"),
     (["--change", "--lr '2"], "--change '--lr '2': No closing quotation"),
     (["--change", "--steps 5"], "--change '--steps 5': steps is no part of a recipe"),
     (["--change", "--seed 5"], "--change '--seed 5': seed is no part of a recipe"),
@@ -197,6 +198,8 @@ def test_a_training_that_fails_is_a_result(flags: list[str], monkeypatch: pytest
     assert "--optimizer adamw: 3 of 3 trainings failed, so it is not compared." in output
     assert "--focus 0: 1 of 3 trainings failed.\n" in output
     assert "compared: baseline (3) --focus 0 (2)\n" in output
+    assert main([*flags, *ADAMW]) == 2
+    assert "error: nothing is left to compare" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("rates, busy", [((1000, 950), False), ((1000, 850), True)])

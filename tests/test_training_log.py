@@ -91,7 +91,7 @@ def test_a_log_point_adds_a_row_and_draws_losses_from_the_third_on(own_folder, m
     monkeypatch.setattr(training.log, "pretrained_losses", lambda config: None)
     monkeypatch.setattr(training.log.plots, "save_losses", lambda path, columns, *_, **__: drawn.append(
         (path.name, len(columns["step"]))))
-    config = Config(train=TrainConfig(preview=0))
+    config = Config(train=TrainConfig(preview=0, batch_size=64))
     history = {"columns": {}, "running": [3.0, 6], "skipped": 1, "seconds": 2.0, "data": {"images": 640}}
     learner = SimpleNamespace(schedule=make_schedule(config.diffusion))
     state = SimpleNamespace(config=config, runtime=CPU, history=history, results=own_folder, step=0, learner=learner,

@@ -7,14 +7,14 @@ from dataclasses import replace
 from statistics import median
 
 import sample
-from config import Config, Precision
+from config import Config, Precision, UserError
 from support import code, plots, selection
 from support.files import WriteError, lock, make_folder
 from support.loading import load_both
 from support.runtime import Runtime, stop_signals
 from training.log import LOG_SHARE, Display, announce, current_model, due, log_point
 from training.optimizer import learning_rate
-from training.state import TrainingState, new_state, read_losses, resume, save
+from training.state import Diverged, TrainingState, new_state, read_losses, resume, save
 
 SAVE_SECONDS = 30.0  # between checkpoints
 RETRY_SECONDS = 5.0  # after a save that failed
@@ -31,7 +31,11 @@ def main(config: Config, runtime: Runtime) -> int:
     code.note_edits(runtime.say)
     state = new_state(config, runtime, *load_both(config, runtime))  # before the folders: a wrong --data-dir makes none
     sample.make_request(current_model(state), config.sample, config.seed, 1)  # as at the end: errors come now
-    if signal_number := run_training(state, config.precision):
+    try:
+        signal_number = run_training(state, config.precision)
+    except Diverged as error:
+        raise UserError(f"{error}: start over with --fresh and a lower --lr, or --precision fp32") from None
+    if signal_number:
         runtime.say(f"Stopped after step {state.step:,}; saved in {state.path}. Run the same command again"
                     f"{' without --fresh' * config.train.fresh} to resume.")
         return 128 + signal_number

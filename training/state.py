@@ -14,7 +14,7 @@ from model import UNet
 from sample import LoadedModel, load_checkpoint
 from support import checkpoint, code
 from support.runtime import Runtime
-from support.selection import resolve, run_path
+from support.selection import resolve, run_exists, run_path
 from support.settings import differences, network_settings, stored, training_settings
 from training.optimizer import progress
 from training.step import Learner
@@ -23,7 +23,7 @@ BAD_STEPS = 20  # steps in a row without a finite loss after which a run stops
 
 
 class Diverged(UserError):
-    """The loss, its gradient or a weight is not finite any more."""
+    """The loss, its gradient or a weight is not finite any more; says what happened, but not what to do."""
 
 
 @dataclass
@@ -56,10 +56,14 @@ class TrainingState:
 
 
 def initial_model(config: Config, runtime: Runtime) -> LoadedModel | None:
-    """The model of --init, from whose averaged weights a new run starts; raises UserError."""
+    """The model of --init, from whose averaged weights a new run starts; raises UserError.
+
+    A run that resumes has its own, of the same network: what it started from may be gone.
+    """
     if config.train.init is None:
         return None
-    path = resolve(config.train.init, "--init")
+    resumes = config.name and not config.train.fresh and run_exists(config.name)
+    path = run_path(str(config.name)) if resumes else resolve(config.train.init, "--init")
     model = load_checkpoint(path, runtime)
     if model.schedule.prediction != config.diffusion.prediction:
         raise UserError(f"--init {config.train.init}: its network predicts {model.schedule.prediction}, not "
@@ -135,8 +139,8 @@ def resume(state: TrainingState, precision: str) -> TrainConfig:
     state.step, state.history = saved["step"], history | {"code": state.history["code"]}
     began, now = before.precision, state.config.precision
     if now != began:
-        state.runtime.say(f"note: this run trained in {began} and goes on in {now}, so its weights will differ from those "
-                          "of a run in one precision.")
+        state.runtime.say(f"note: this run trained in {began} and goes on in {now}, so its weights will differ from "
+                          "those of a run in one precision.")
     elif now == "bf16" and precision == "auto" and state.runtime.training_precision("auto") == "fp32":
         state.runtime.say("note: this run trains in bf16, as it began, at which this device is slow: --precision fp32 "
                           "is faster here.")
@@ -150,7 +154,7 @@ def save(state: TrainingState) -> None:
     learner = state.learner
     if not all(torch.isfinite(weight).all() for weight in learner.network.parameters()):
         raise Diverged(f"a weight is not finite after step {state.step}, so it is not saved, and {state.path} is "
-                        "left as it was: start over with --fresh and a lower --lr, or --precision fp32")
+                       "left as it was")
     weights = {"model": learner.network.state_dict(), "ema": learner.average.state_dict()}
     checkpoint.save(state.path, {"config": stored(state.config), "optimizer": learner.optimizer.state_dict(),
                                  "step": state.step, "history": state.history, **weights})
@@ -173,6 +177,6 @@ def read_losses(state: TrainingState) -> float | None:
             if state.skipped_in_a_row >= BAD_STEPS:
                 kept = f"; {state.path} holds the weights from before" if state.path.exists() else ""
                 raise Diverged(f"the loss or its gradient was not finite in {BAD_STEPS} steps in a row, up to step "
-                                f"{state.step}: start over with --fresh and a lower --lr, or --precision fp32{kept}")
+                               f"{state.step}{kept}")
     state.pending_losses.clear()
     return history["running"][0] / history["running"][1] if history["running"][1] else None
