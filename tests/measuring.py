@@ -29,7 +29,8 @@ def load_few(patch: pytest.MonkeyPatch) -> None:
 
 def save_network(path: Path, seed: int = 0, flags: tuple[str, ...] = (), **history: Any) -> None:
     """A checkpoint of random weights, which says that it was trained on FEW unless `history` says otherwise."""
-    config = settings.parse(["--mode", "train", "--dataset", "generated", "--timesteps", "6", *TINY, *flags])
+    config = settings.parse(["--mode", "train", "--dataset", "generated", "--timesteps", "6", "--batch-size",
+                             "64", *TINY, *flags])
     torch.manual_seed(seed)
     network = UNet(config.model)
     torch.nn.init.normal_(network.head.weight, std=0.05)

@@ -58,7 +58,7 @@ def test_a_comparison_end_to_end(two: list[str], monkeypatch: pytest.MonkeyPatch
                  "all else is best where the baseline is", "*: the interval excludes 0"):
         assert said in output, said
     assert "they did not see as many images" not in output
-    assert output.count("note: the images are still static: the network has seen 25,600,") == 2  # as mode sample says
+    assert output.count("note: the images are still static: the network has seen 6,400,") == 2  # as mode sample says
     assert bars == ["sampling one", "sampling two"]
     assert output.index("Measuring the real images") < output.index("note: the images")
     folder, = Path("results/compare").iterdir()

@@ -36,7 +36,7 @@ def pictures(cell: Any) -> list[np.ndarray]:
 
 def test_every_cell_runs_and_draws(monkeypatch: pytest.MonkeyPatch) -> None:
     """Training is shortened. Each output is a picture: no bar, no warning, no text beside it."""
-    monkeypatch.setenv("TUTORIAL_STEPS", "16")
+    monkeypatch.setenv("TUTORIAL_STEPS", "4")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     cells = code_cells(execute())
     assert all(len(pictures(cell)) == 1 for cell in cells)
