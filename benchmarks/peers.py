@@ -6,14 +6,14 @@
 
 Every finished run is kept in peers.json, and the same command again goes on with what is missing.
 
-Settings, meant to be fair. All: the same images on the device, batch 64, gradient norm clipped at 1, the averaged
-weights sampled with 15 network evaluations and no guidance, --images images with the same labels, measured against the
-same reference. Steps compute in the precision of --precision auto for both.
+Settings, meant to be fair. All: the same images on the device, gradient norm clipped at 1, the averaged weights sampled
+with 15 network evaluations and no guidance, --images images with the same labels, measured against the same reference.
+All compute in the precision of --precision auto.
   ours         the defaults of config.py
   diffusers    UNet2DModel with widths 16-32-64 and attention at 7x7, one layer a block: about as many parameters as
                ours; given the label (num_class_embeds); DDPMScheduler squaredcos_cap_v2, noise prediction, T = 1000;
-               AdamW at 1e-3 and its EMAModel with warm-up (inv_gamma 1, power 3/4, as its unconditional example);
-               sampled by DPMSolverMultistepScheduler with lambda_min_clipped -5.1, which its documentation asks for
+               batches of 64, AdamW at 1e-3 and its EMAModel with warm-up (inv_gamma 1, power 3/4, as its unconditional
+               example); sampled by DPMSolverMultistepScheduler with lambda_min_clipped -5.1, which its documentation asks for
                with this schedule, and thresholding, which it advises in pixel space
   diffusers v  the same with its v_prediction, which suits few steps better, though it is not what it does by itself
 """
@@ -44,7 +44,7 @@ from support.precision import autocast
 from support.runtime import Runtime, start
 
 STEPS, TIMESTEPS = 15, 1000  # network evaluations of an image; noise levels
-BATCH, CHUNK = 64, 250  # images in a training step of all, and in a call of the peers' networks when they sample
+BATCH, CHUNK = 64, 250  # images in a training step of the peers, and in a call of their networks when they sample
 
 
 @dataclass(frozen=True)
@@ -52,14 +52,16 @@ class Contender:
     """One way to train and sample: `step(progress)` trains once, `sample(count)` gives uint8 images and labels."""
 
     network: nn.Module
+    batch: int  # images in a training step
     step: Callable[[float], Any]
     sample: Callable[[int], tuple[Tensor, Tensor]]
 
 
 def ours(images: LabelledImages, runtime: Runtime, options: Namespace) -> Contender:
-    config = common.config_of(options, "--batch-size", str(BATCH))
+    config = common.config_of(options)
     trainee = common.Trainee(config, runtime, images, images)  # as test images, too, whose loss nobody asks for
-    return Contender(trainee.state.learner.network, trainee.step, partial(trainee.sample, steps=STEPS, guidance=1.0))
+    return Contender(trainee.state.learner.network, config.train.batch_size, trainee.step,
+                     partial(trainee.sample, steps=STEPS, guidance=1.0))
 
 
 def diffusers(images: LabelledImages, runtime: Runtime, options: Namespace, prediction: str = "epsilon") -> Contender:
@@ -107,7 +109,7 @@ def diffusers(images: LabelledImages, runtime: Runtime, options: Namespace, pred
         network.train()
         return torch.cat(chunks), labels.cpu()
 
-    return Contender(network, step, sample)
+    return Contender(network, BATCH, step, sample)
 
 
 CONTENDERS: dict[str, Callable[..., Contender]] = {
@@ -129,7 +131,7 @@ def train(contender: Contender, minutes: float, clock: str) -> int:
 def show(report: dict[str, Any]) -> str:
     """peers.json as a Markdown table."""
     rows = [(row["name"], f"{row['parameters'] / 1e6:.2f} M", f"{row['gflop']:.3f}",
-             f"{row['steps'] * BATCH / report['settings']['minutes'] / 60:,.0f}", *common.quality(row))
+             f"{row['images_seen'] / report['settings']['minutes'] / 60:,.0f}", *common.quality(row))
             for row in report["quality"]]
     settings = ", ".join(f"{key} {value}" for key, value in report["settings"].items())
     headings = ("", "parameters", "GFLOP per image", "images/s", *common.QUALITY)
@@ -140,7 +142,7 @@ def compare(options: Namespace, runtime: Runtime) -> dict[str, Any]:
     """Measures what the report in options.out lacks, saves it there after each measurement, and returns it."""
     images, test = loading.load_both(common.config_of(options), runtime)
     reference = common.make_reference(images, test, options.images)
-    settings = {"steps": STEPS, "minutes": options.minutes, "clock": options.clock, "batch": BATCH,
+    settings = {"steps": STEPS, "minutes": options.minutes, "clock": options.clock,
                 "images": options.images, "seed": options.seed,
                 "classifier": reference.classifier and reference.classifier.digest,
                 "precision": runtime.training_precision("auto")}
@@ -159,7 +161,7 @@ def compare(options: Namespace, runtime: Runtime) -> dict[str, Any]:
         contender = CONTENDERS[name](images, runtime, options)
         parameters, gflop = common.count(contender.network)
         steps = train(contender, options.minutes, options.clock)
-        row = {"name": name, "steps": steps, "parameters": parameters, "gflop": gflop,
+        row = {"name": name, "images_seen": steps * contender.batch, "parameters": parameters, "gflop": gflop,
                **common.measured(reference, *contender.sample(options.images))}
         print(f"{name}: Fréchet {row['frechet']:.2f} x baseline", flush=True)
         report["quality"].append(row)
