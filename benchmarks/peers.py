@@ -13,8 +13,8 @@ All compute in the precision of --precision auto.
   diffusers    UNet2DModel with widths 16-32-64 and attention at 7x7, one layer a block: about as many parameters as
                ours; given the label (num_class_embeds); DDPMScheduler squaredcos_cap_v2, noise prediction, T = 1000;
                batches of 64, AdamW at 1e-3 and its EMAModel with warm-up (inv_gamma 1, power 3/4, as its unconditional
-               example); sampled by DPMSolverMultistepScheduler with lambda_min_clipped -5.1, which its documentation asks for
-               with this schedule, and thresholding, which it advises in pixel space
+               example); sampled by DPMSolverMultistepScheduler with lambda_min_clipped -5.1, which its documentation
+               asks for with this schedule, and thresholding, which it advises in pixel space
   diffusers v  the same with its v_prediction, which suits few steps better, though it is not what it does by itself
 """
 
