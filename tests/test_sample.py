@@ -36,15 +36,15 @@ SMALL = ModelConfig(channels=(8, 8, 16), blocks=(1, 1, 1), attention=(7,), embed
 FIVE = [40, 0, 30, 0, 20, 0, 10, 0, 0, 25]  # training images of each class, of a network that has seen five classes
 
 
-def model_of(network, schedule, label_dropout=0.1, counts=None):
+def model_of(network, schedule, label_dropout=0.1, counts=None, bf16=False):
     stored = settings.stored(Config(train=TrainConfig(label_dropout=label_dropout)))
-    return LoadedModel(network, schedule, CPU, stored, {"data": {"name": "shapes", "classes": counts}})
+    return LoadedModel(network, schedule, replace(CPU, bf16=bf16), stored, {"data": {"name": "shapes", "classes": counts}})
 
 
-def sampled(network, schedule, options, seed, indices, labels, shown=0):
+def sampled(network, schedule, options, seed, indices, labels, shown=0, bf16=False):
     timesteps = spaced_timesteps(schedule.timesteps, options.steps, options.spacing)
     request = SampleRequest(options, seed, indices, labels, timesteps, options.guidance, options.guidance_interval, "")
-    images, states = sample_images(model_of(network, schedule), request, shown)
+    images, states = sample_images(model_of(network, schedule, bf16=bf16), request, shown)
     return (images, states) if shown else images
 
 
@@ -83,9 +83,10 @@ def schedule():
     replace(OPTIONS, sampler="ddpm", variance="upper", guidance=2.0),
     replace(OPTIONS, sampler="ddim", eta=0.5),
 ], ids=["dpmpp", "sa-guided", "ddpm", "ddpm-guided", "ddim"])
-def test_an_image_is_bitwise_the_same_alone_and_among_many(network, schedule, options):
+@pytest.mark.parametrize("bf16", [False, True])
+def test_an_image_is_bitwise_the_same_alone_and_among_many(network, schedule, options, bf16):
     def chosen(indices):
-        return sampled(network, schedule, options, 7, indices, choose_labels(None, 7, indices, range(10)))
+        return sampled(network, schedule, options, 7, indices, choose_labels(None, 7, indices, range(10)), bf16=bf16)
 
     everything = chosen(range(COUNT))
     assert everything.shape == (COUNT, 1, 28, 28) and everything.dtype == torch.float32
