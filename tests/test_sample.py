@@ -38,7 +38,8 @@ FIVE = [40, 0, 30, 0, 20, 0, 10, 0, 0, 25]  # training images of each class, of 
 
 def model_of(network, schedule, label_dropout=0.1, counts=None, bf16=False):
     stored = settings.stored(Config(train=TrainConfig(label_dropout=label_dropout)))
-    return LoadedModel(network, schedule, replace(CPU, bf16=bf16), stored, {"data": {"name": "shapes", "classes": counts}})
+    history = {"data": {"name": "shapes", "classes": counts}}
+    return LoadedModel(network, schedule, replace(CPU, bf16=bf16), stored, history)
 
 
 def sampled(network, schedule, options, seed, indices, labels, shown=0, bf16=False):
