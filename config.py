@@ -98,13 +98,13 @@ class SampleConfig:
 
     num_images: Annotated[int | None, Ge(1), Le(10**6), UNSET] = None  # unset: 256 to look at, 10000 to measure
     sampler: Literal["ddpm", "ddim", "dpmpp", "sa"] = "sa"  # DDPM, DDIM, DPM-Solver++ or SA-Solver
-    steps: Annotated[int, Ge(1), Le(100_000)] = 13  # sampling steps; one network evaluation each, two where guided
+    steps: Annotated[int, Ge(1), Le(100_000)] = 25  # sampling steps; one network evaluation each, two where guided
     spacing: Literal["trailing", "eased"] = "eased"  # of the timesteps: even, or closer together at both ends
     eta: Annotated[Share, OnlyFor("ddim")] = 0.0  # ddim: noise added in each step, 0 (none) to 1 (as ddpm)
     # ddpm: beta-tilde or beta (2006.11239, section 3.2)
     variance: Annotated[Literal["posterior", "upper"], OnlyFor("ddpm")] = "posterior"
     # x0 = unconditional + guidance * (labelled - unconditional) (2207.12598); 1: off
-    guidance: Annotated[float, Ge(0), Le(100)] = 2.1
+    guidance: Annotated[float, Ge(0), Le(100)] = 3.0
     guidance_interval: tuple[Share, Share] = (0.34, 0.57)  # alpha_bar where guidance acts (2404.07724); 0 1: all
     digits: Labels = None  # classes to sample, cycled ("7", "0123456789"), or none; unset: all, equally often
     write: Number = None  # a number, such as 20261123, written in one row of digits to number.png

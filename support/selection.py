@@ -144,7 +144,7 @@ def resolve(text: str, flag: str) -> Path:
 
 
 def results_folder(path: Path, digest: str) -> Path:
-    """Where results go: results/NAME for a run, else results/FILE-DIGEST, such as results/pretrained-6d5df0bd."""
+    """Where results go: results/NAME for a run, else results/FILE-DIGEST, such as results/pretrained-19fdf787."""
     path = Path(os.path.abspath(path))
     name = path.parent.name
     if path == Path(os.path.abspath(run_path(name))) and name.casefold() not in RESERVED:

@@ -453,8 +453,8 @@ def test_the_shipped_weights_are_sampled_where_there_is_no_run(own_folder: Path,
     quick = ["--mode", "sample", "--num-images", "1", "--steps", "1", "--device", "cpu"]
     assert main(quick) == 0
     output = capsys.readouterr().out
-    assert "There is no run of your own yet" in output and "results/pretrained-6d5df0bd/sample.png" in output
-    assert str(selection.PRETRAINED) in output and os.listdir("results") == ["pretrained-6d5df0bd"]
+    assert "There is no run of your own yet" in output and "results/pretrained-19fdf787/sample.png" in output
+    assert str(selection.PRETRAINED) in output and os.listdir("results") == ["pretrained-19fdf787"]
 
 
 @pytest.mark.parametrize("mode", ["sample", "evaluate"])

@@ -340,7 +340,7 @@ def test_a_sampler_that_evaluates_twice_a_step_is_counted_right(network, monkeyp
 
     monkeypatch.setitem(SAMPLERS, "heun", heun)
     model = model_of(network, make_schedule(DiffusionConfig()))
-    request = make_request(model, SampleConfig(sampler="heun"), 0, 3)
+    request = make_request(model, SampleConfig(sampler="heun", steps=13, guidance=2.1), 0, 3)
     guided, calls = guided_timesteps(model, request)
     assert guided == [544, 544, 456, 456] and calls == request.evaluations == 2 * 13 - 1 + len(guided)
     assert request.note == "Guidance 2.1 acts in 2 of 13 steps."

@@ -105,8 +105,9 @@ def test_eased_spacing():
     assert all(t + s == 1000 for t, s in zip(eased, reversed(eased)))
     gaps = [t - s for t, s in zip(eased, eased[1:])]
     assert gaps[:5] == sorted(gaps[:5]) and gaps[0] < 85 < 100 < gaps[4]
-    default = [1000, 939, 870, 795, 715, 631, 544, 456, 369, 285, 205, 130, 61, 0]
-    assert spaced_timesteps(1000, 13, "eased") == default, "the published pictures and figures have these"
+    default = [1000, 969, 936, 901, 865, 826, 786, 745, 702, 658, 614, 568, 523, 477, 432, 386, 342, 298, 255, 214, 174,
+               135, 99, 64, 31, 0]
+    assert spaced_timesteps(1000, 25, "eased") == default, "the published pictures and figures have these"
 
 
 @pytest.mark.parametrize("steps", [0, -1, 51])
