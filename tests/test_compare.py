@@ -124,7 +124,7 @@ def test_a_side_has_its_own_way_of_sampling_or_several_runs(two: list[str]) -> N
     assert own.requests[0].options.guidance_interval == (0.2, 0.9)
     assert torch.equal(plain.requests[0].labels, own.requests[0].labels)
     said = " ".join(settings_differences(plain, own))
-    assert f"guidance {config.sample.guidance:g} / 1.4" in said and "sampler sa / ddim" in said and "Code" not in said
+    assert f"guidance {config.sample.guidance} / 1.4" in said and "sampler sa / ddim" in said and "Code" not in said
     everywhere = settings.parse([*two, "--guidance-interval", "0", "1"])
     guided, unguided = (load_side(f"one --guidance {guidance}", everywhere, CPU).requests[0] for guidance in (3, 1))
     assert guided.interval == (0, 1) and guided.guidance == 3 and unguided.guidance == 1

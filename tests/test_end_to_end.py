@@ -80,7 +80,7 @@ def test_samples_have_their_convention_and_origin(there: Path, capsys: pytest.Ca
     weights = checkpoint.weights_digest(checkpoint.load(there / "checkpoints/idx/last.safetensors")["ema"])
     assert text["weights"] == weights and text["seed"] == "5" and text["sampler"] == "ddim" and text["steps"] == "3"
     output = capsys.readouterr().out
-    assert f": 4 network evaluations an image. Guidance {Config().sample.guidance} acts in 1 of 3 steps" in output
+    assert f": 4 network evaluations an image. Guidance {Config().sample.guidance:g} acts in 1 of 3 steps" in output
 
 
 def test_a_picture_of_many_images_shows_the_first(there: Path, capsys: pytest.CaptureFixture[str]) -> None:

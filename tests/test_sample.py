@@ -314,7 +314,7 @@ def test_guidance_changes_the_images_however_few_the_steps(network):
 
 
 @pytest.mark.parametrize("dropout, digits, guided", [
-    (0.1, None, 2), (0.1, "7", 2), (0.1, "none", 0), (0.0, None, 0), (0.0, "7", 0), (1.0, None, 0), (1.0, "none", 0)])
+    (0.1, None, 3), (0.1, "7", 3), (0.1, "none", 0), (0.0, None, 0), (0.0, "7", 0), (1.0, None, 0), (1.0, "none", 0)])
 def test_guidance_needs_images_with_and_without_labels(network, dropout, digits, guided):
     """A network that knows no labels costs one evaluation a step, not two."""
     model = model_of(network, make_schedule(DiffusionConfig()), dropout)
@@ -324,8 +324,8 @@ def test_guidance_needs_images_with_and_without_labels(network, dropout, digits,
     assert request.note.startswith(f"Guidance {SampleConfig.guidance:g} acts in" if guided else
                                    "No guidance: it compares images with and")
     if not guided:
-        with pytest.raises(UserError, match="--guidance 3: this network can't be guided"):
-            make_request(model, SampleConfig(digits=digits, guidance=3.0), 0, 2)
+        with pytest.raises(UserError, match="--guidance 4: this network can't be guided"):
+            make_request(model, SampleConfig(digits=digits, guidance=4.0), 0, 2)
     assert make_request(model, SampleConfig(digits=digits, guidance=1.0), 0, 2).note == ""
 
 
@@ -417,7 +417,7 @@ def test_what_a_script_asks_for_is_checked_as_flags_are(own_folder, capfd):
             ({"labels": ["x"]}, "labels"), ({"labels": 2.5}, "labels 2.5"), ({"labels": 7}, "not trained on class 7"),
             ({"labels": [2.5]}, r"labels \[2.5\]"),
             ({"labels": "7"}, "not trained on class 7"),
-            ({"labels": None, "guidance": 3.0}, "guidance needs labels"), ({"stepz": 3}, "stepz: no option")):
+            ({"labels": None, "guidance": 4.0}, "guidance needs labels"), ({"stepz": 3}, "stepz: no option")):
         with pytest.raises(UserError, match=problem) as caught:
             model.sample(**{"labels": "02", **arguments})
         assert "\n" not in str(caught.value)
