@@ -123,7 +123,7 @@ class Config:
     data_dir: OptionalPath = None  # folder of the pictures, of the IDX files, or of mnist/MNIST/raw; unset: dataset/
     invert: Annotated[bool | None, UNSET] = None  # folder: dark becomes light; unset: if most borders are bright
     # compare: two sides, each a run, a file, pretrained, or trainings a,b,c; quote a side to give it its
-    # own flags: "mine --steps 25"
+    # own flags: "mine --steps 13"
     runs: Annotated[tuple[str, str] | None, tyro.conf.arg(metavar="A B", help_behavior_hint="")] = None
     # experiment: the flags of each change, such as "--schedule linear" or "--focus 0" "--focus 0.35"
     change: Changes = ()
