@@ -130,7 +130,7 @@ class Config:
     trainings: Annotated[int, Ge(2), Le(100)] = 4  # experiment: of the baseline and of each change, from --seed on
     seed: Annotated[int, Ge(0), Lt(2**63)] = 0  # every random number follows from it
     device: Device = "auto"  # cuda, cuda:1, mps, cpu, or auto: the first of these that is available
-    precision: Precision = "auto"  # auto: as a resumed run began; else bf16 where the device is fast at it, or fp32
+    precision: Precision = "auto"  # auto: bf16 where the device is fast at it; a resumed run trains on as it began
     compile: Literal["auto", "on", "off"] = "auto"  # training only: torch.compile, and CUDA graphs; auto: only on CUDA
     model: ModelConfig = field(default_factory=ModelConfig)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)

@@ -83,8 +83,8 @@ def main(config: Config, runtime: Runtime) -> int:
             runtime.say(f"  It failed: {error}.")
     sides = load_sides([training for training in plan if training.config.name not in failed], recipes, runtime)
     if len(sides) < 2:
-        raise UserError("nothing is left to compare, which takes two trainings of the baseline and of a change: try a "
-                        "lower --lr, or --precision fp32")
+        raise UserError("nothing is left to compare: that takes two finished trainings of the baseline and of a "
+                        "change; try a lower --lr, or --precision fp32")
     deciding = compare(sides, config, runtime, *data, introduction=lambda a, b: [
         "", *settings_differences(a, b), *fairness(a, b)])
     for path in runtime.on_rank0(lambda: summarize(sides, deciding) if len(deciding) > 1 else []):

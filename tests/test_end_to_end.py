@@ -147,6 +147,10 @@ def test_a_run_keeps_its_precision_until_told_another(began: str, continued: str
     assert {*used} == {end == "bf16"}
     assert ("trained in" in said) == (end != began.replace("auto", "fp32"))
     assert ("--precision fp32 is faster" in said) == (end == "bf16" and continued == "auto" and not fast)
+    other = {"fp32": "bf16", "bf16": "fp32"}[end]
+    assert main([*RUN, "--steps", "1", "--num-images", "1", "--data-dir", str(idx_folder), "--epochs", "3",
+                 "--precision", other]) == 0  # finished: nothing is trained, so nothing is said
+    assert "goes on in" not in capsys.readouterr().out
 
 
 def test_killed_runs_resume_bit_for_bit(uninterrupted: Done, idx_folder: Path, tmp_path: Path) -> None:

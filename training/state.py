@@ -58,7 +58,7 @@ class TrainingState:
 def initial_model(config: Config, runtime: Runtime) -> LoadedModel | None:
     """The model of --init, from whose averaged weights a new run starts; raises UserError.
 
-    A run that resumes has its own, of the same network: what it started from may be gone.
+    A run that resumes takes its own checkpoint, which has the same network: the one it started from may be gone.
     """
     if config.train.init is None:
         return None
@@ -138,10 +138,11 @@ def resume(state: TrainingState, precision: str) -> TrainConfig:
         raise UserError(f"{path}: its optimizer state does not fit ({error}); start over with --fresh") from None
     state.step, state.history = saved["step"], history | {"code": state.history["code"]}
     began, now = before.precision, state.config.precision
-    if now != began:
+    finished = state.progress(state.config.train) >= 1
+    if now != began and not finished:
         state.runtime.say(f"note: this run trained in {began} and goes on in {now}, so its weights will differ from "
                           "those of a run in one precision.")
-    elif now == "bf16" and precision == "auto" and state.runtime.training_precision("auto") == "fp32":
+    elif now == "bf16" and precision == "auto" and not finished and state.runtime.training_precision("auto") == "fp32":
         state.runtime.say("note: this run trains in bf16, as it began, at which this device is slow: --precision fp32 "
                           "is faster here.")
     if assumed:
