@@ -41,7 +41,8 @@ def main(argv: list[str]) -> None:
         if shared := {*settings.given(shlex.split(word))} - {*settings.SAMPLING}:
             raise UserError(f"'{word}': a setting is how it is sampled ({', '.join(settings.SAMPLING)}); give "
                             f"{', '.join(sorted(shared))} before --, for all of them")
-    configs = [settings.parse(["--mode", "evaluate", *flags, *shlex.split(word)]) for word in words]
+    common = settings.parse(["--mode", "evaluate", *flags])
+    configs = [settings.parse(["--mode", "evaluate", *shlex.split(word)], common) for word in words]
     if "seed" in settings.given(flags):
         raise UserError("--seed: give --seeds, whose images are pooled")
     seeds = options.seeds

@@ -106,7 +106,7 @@ def parse(argv: list[str], defaults: Config | None = None) -> Config:
     if config.mode == "experiment" and defaults is None and "guidance" not in names:
         yielding["guidance"] = 1.0  # it is about the networks; guidance hides a part of how they differ
     if config.sample.guidance == 1 and "guidance" in names and "guidance_interval" not in names:
-        yielding["guidance_interval"] = SampleConfig.guidance_interval  # what a side of mode compare leaves behind
+        yielding["guidance_interval"] = SampleConfig.guidance_interval  # given for all, and of no use to this one
     parts = {group: replace(getattr(config, group), **{
         name: value for name, value in yielding.items() if KNOBS[name] == group}) for group in GROUPS}
     return validate(replace(config, **parts))

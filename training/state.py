@@ -62,9 +62,9 @@ def initial_model(config: Config, runtime: Runtime) -> LoadedModel | None:
     """
     if config.train.init is None:
         return None
-    resumes = config.name and not config.train.fresh and run_exists(config.name)
-    path = run_path(str(config.name)) if resumes else resolve(config.train.init, "--init")
-    model = load_checkpoint(path, runtime)
+    name, init = config.name, config.train.init
+    model = load_checkpoint(runtime.on_rank0(lambda: run_path(name) if name and not config.train.fresh and
+                                             run_exists(name) else resolve(init, "--init")), runtime)
     if model.schedule.prediction != config.diffusion.prediction:
         raise UserError(f"--init {config.train.init}: its network predicts {model.schedule.prediction}, not "
                         f"{config.diffusion.prediction}; add --prediction {model.schedule.prediction}")
