@@ -20,6 +20,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+# Imported while there is a process group, it would keep that alive by its default arguments, and a thread of gloo that
+# outlives Python aborts the process.
+import torch.distributed.nn
+
 from config import Config, Precision, UserError
 from support import console
 
