@@ -241,7 +241,7 @@ def provenance(model: LoadedModel, request: SampleRequest) -> dict[str, str]:
     return {"weights": model.digest, "trained_on": str(model.data.get("name", "unknown")), "step": str(model.step),
             "seed": str(request.seed), "images": str(len(request.indices)), "guidance": f"{request.guidance:g}",
             "guidance_interval": "{:g} {:g}".format(*request.interval), **knobs,
-            "precision": "bf16" if model.runtime.bf16 else "fp32"}
+            "precision": model.runtime.precision}
 
 
 def sample_images(model: LoadedModel, request: SampleRequest, shown: int = 0,

@@ -83,7 +83,7 @@ def diffusers(images: LabelledImages, runtime: Runtime, options: Namespace, pred
         chosen = torch.randint(len(images), (BATCH,), device=device)
         x0, labels = to_unit(images.images[chosen]), images.labels[chosen]
         noise, t = torch.randn_like(x0), torch.randint(TIMESTEPS, (BATCH,), device=device)
-        with autocast(runtime.device, runtime.training_precision("auto") == "bf16"):
+        with autocast(runtime.device, runtime.bf16):
             answer = forward(noising.add_noise(x0, noise, t), t, labels)
         target = noise if prediction == "epsilon" else noising.get_velocity(x0, noise, t)
         nn.functional.mse_loss(answer.float(), target).backward()
@@ -145,7 +145,7 @@ def compare(options: Namespace, runtime: Runtime) -> dict[str, Any]:
     settings = {"steps": STEPS, "minutes": options.minutes, "clock": options.clock,
                 "images": options.images, "seed": options.seed,
                 "classifier": reference.classifier and reference.classifier.digest,
-                "precision": runtime.training_precision("auto")}
+                "precision": runtime.precision}
     machine = common.machine(runtime.device)
     report: dict[str, Any] = {"machine": machine, "settings": settings, "quality": []}
     if options.out.exists():

@@ -47,7 +47,7 @@ def main(config: Config, runtime: Runtime) -> int:
         raise UserError('--mode experiment: say what to change, such as --change "--schedule linear"')
     code.note_edits(runtime.say)
     config = selection.settle(config, runtime)
-    config = replace(config, precision=runtime.on_rank0(lambda: runtime.training_precision(config.precision)),
+    config = replace(config, precision=runtime.precision,
                      train=replace(config.train, preview=0, fresh=False, same_code=False))
     recipes = {BASELINE: config}
     for flags in config.change:

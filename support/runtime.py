@@ -33,7 +33,7 @@ class Runtime:
     """The device of this process, how numbers are held on it, and its place among torchrun's processes."""
 
     device: torch.device
-    bf16: bool  # in sampling and test losses; in training steps the run's own precision holds
+    bf16: bool  # in sampling, test losses and a run that begins here; one that goes on keeps its precision
     compile: bool
     rank: int = 0
     world: int = 1
@@ -48,9 +48,10 @@ class Runtime:
         if self.rank == 0:
             console.say(text)
 
-    def training_precision(self, wanted: Precision) -> Precision:
-        """fp32 or bf16, for the convolutions and linear layers of training steps; auto: bf16 where it is fast."""
-        return wanted if wanted != "auto" else "bf16" if fast_bf16(self.device) else "fp32"
+    @property
+    def precision(self) -> Precision:
+        """That of convolutions and linear layers."""
+        return "bf16" if self.bf16 else "fp32"
 
     @property
     def memory_format(self) -> torch.memory_format:
@@ -217,7 +218,7 @@ def memory_errors(config: Config, runtime: Runtime) -> Iterator[None]:
         amount = "" if size is None else (f" ({int(size[1]) / 1e9:.1f} GB more" if size[2] == "bytes" else
                                           f" ({size[1]} {size[2]} more") + " were asked for)"
         advice = (f"a smaller --batch-size (now {config.train.batch_size}) or network (--channels, --blocks); what the "
-                  "run has saved is kept" if config.mode == "train" else "a smaller --num-images")
+                  "run has saved is kept" if config.mode in ("train", "experiment") else "a smaller --num-images")
         problem = f"not enough memory on {runtime.name()}{amount}: use {advice}"
         if runtime.rank > 0:  # of which the first process, which says the errors of all, may not know
             console.say(f"error: process {runtime.rank}: {problem}", sys.stderr)

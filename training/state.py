@@ -13,7 +13,7 @@ from dataset import LabelledImages, describe
 from model import UNet
 from sample import LoadedModel, load_checkpoint
 from support import checkpoint, code
-from support.runtime import Runtime
+from support.runtime import Runtime, fast_bf16
 from support.selection import resolve, run_exists, run_path
 from support.settings import differences, network_settings, stored, training_settings
 from training.optimizer import progress
@@ -76,7 +76,8 @@ def new_state(config: Config, runtime: Runtime, train: LabelledImages, test: Lab
     if config.train.batch_size < runtime.world:
         raise UserError(f"--batch-size {config.train.batch_size}: fewer images than the {runtime.world} processes; "
                         "raise it, or start fewer")
-    config = replace(config, precision=runtime.on_rank0(lambda: runtime.training_precision(config.precision)))
+    if config.precision == "auto":
+        config = replace(config, precision=runtime.precision)
     model = initial_model(config, runtime)
     if model:
         config = replace(config, model=network_settings(model.settings)[0])
@@ -105,8 +106,8 @@ def resume(state: TrainingState, precision: str) -> TrainConfig:
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     if before.precision == "auto":  # as versions up to 0.2 stored it; it was bf16 on GPUs alone
-        cpu = state.runtime.device.type == "cpu"
-        before = replace(before, precision="fp32" if cpu else state.runtime.training_precision("auto"))
+        device = state.runtime.device
+        before = replace(before, precision="bf16" if device.type != "cpu" and fast_bf16(device) else "fp32")
     if precision == "auto":
         state.config = state.learner.config = replace(state.config, precision=before.precision)
     if changed := differences(stored(before), stored(state.config)):
@@ -142,7 +143,7 @@ def resume(state: TrainingState, precision: str) -> TrainConfig:
     if now != began and not finished:
         state.runtime.say(f"note: this run trained in {began} and goes on in {now}, so its weights will differ from "
                           "those of a run in one precision.")
-    elif now == "bf16" and precision == "auto" and not finished and state.runtime.training_precision("auto") == "fp32":
+    elif now == "bf16" and precision == "auto" and not finished and not state.runtime.bf16:
         state.runtime.say("note: this run trains in bf16, as it began, at which this device is slow: --precision fp32 "
                           "is faster here.")
     if assumed:
