@@ -45,7 +45,8 @@ class Bench:
         self.train, self.test = loading.load_both(config_of(None, *data), runtime)
         self.cuda = self.device.type == "cuda"
 
-    def trainee(self, bf16: bool = True, compile: bool = False, batch: int = 256, deterministic: bool = True) -> Trainee:
+    def trainee(self, bf16: bool = True, compile: bool = False, batch: int = 256,
+                deterministic: bool = True) -> Trainee:
         torch.compiler.reset()  # it gives up after eight networks
         flags = ("--batch-size", str(batch), "--precision", "bf16" if bf16 else "fp32", *(TINY if self.quick else ()))
         config = config_of(None, *self.data, *flags, "--deterministic" if deterministic else "--no-deterministic")
@@ -173,7 +174,7 @@ def main(argv: list[str]) -> None:
 
 
 def fill_table(bench: Bench) -> None:
-    rows: dict[str, Callable[[Bench], str]] = {"training, batch 256, bf16, eager": training}
+    rows: dict[str, Callable[[Bench], str]] = {"training, batch 256, bf16, eager": partial(training, batch=256)}
     if bench.cuda:
         kinds: dict[str, Any] = {"bf16": {}, "bf16, any order": {"deterministic": False}, "fp32": {"bf16": False}}
         rows |= {f"training, batch {batch}, {kind}": partial(training, batch=batch, compile=True, **options)
