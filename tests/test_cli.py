@@ -322,7 +322,7 @@ def test_what_a_checkpoint_keeps_survives() -> None:
                             "--steps", "7"])
     again, assumed = settings.training_settings(json.loads(json.dumps(settings.stored(config))))
     assert not assumed and again.sample == Config().sample  # how images were sampled is not kept
-    assert dataclasses.replace(again, sample=config.sample) == config
+    assert dataclasses.replace(again, mode=config.mode, sample=config.sample) == config
 
 
 def test_knobs_that_are_newer_than_a_checkpoint_have_their_legacy_values() -> None:

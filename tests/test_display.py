@@ -20,8 +20,9 @@ from support.settings import EXAMPLES, parse
 from tests.conftest import ROOT, TINY, write_set
 from tests.processes import start
 
-RUN = ["--dataset", "idx", "--epochs", "2", "--batch-size", "8", "--timesteps", "100", "--preview", "0", "--device",
-       "cpu", *TINY, "--steps", "3", "--num-images", "16", "--name", "mine", "--data-dir", "data"]  # 16 steps
+RUN = ["--mode", "train", "--dataset", "idx", "--epochs", "2", "--batch-size", "8", "--timesteps", "100", "--preview",
+       "0", "--device", "cpu", *TINY, "--steps", "3", "--num-images", "16", "--name", "mine",
+       "--data-dir", "data"]  # 16 steps
 ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith(("TQDM", "COLUMNS"))}
 Capture = pytest.CaptureFixture[str]
 
@@ -70,7 +71,7 @@ def test_what_is_said_stands_above_the_bar(tmp_path: Path) -> None:
 def test_a_terminal_gets_prose_in_its_width_with_words_whole(folder: Path) -> None:
     """Of lines, an error and --help's examples; a path longer than a line stays whole, and so do tables and lists."""
     path = f"/nowhere/{'folder-' * 12}"
-    said = in_terminal(folder, [str(ROOT / "run.py"), "--dataset", "idx", "--data-dir", path], columns=60, status=2)
+    said = in_terminal(folder, [str(ROOT / "run.py"), *RUN[:4], "--data-dir", path], columns=60, status=2)
     assert said.startswith("error:\n") and said.count("\n") > 2
     assert max(len(line) for line in said.splitlines() if path not in line) <= 60 and f"{path}/train-images" in said
     program = start(folder, "--dataset", "idx", "--data-dir", path)
@@ -153,7 +154,7 @@ def test_cells_of_a_notebook(widgets: bool, folder: Path) -> None:
     pytest.importorskip("ipywidgets")
     hide = "" if widgets else "sys.modules['ipywidgets'] = None\n"
     cells = [f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{hide}import run", f"run.main({RUN!r})",
-             "run.main(['--epochs', '0'])"]
+             "run.main(['--mode', 'train', '--epochs', '0'])"]
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
     client = nbclient.NotebookClient(notebook, timeout=120, allow_errors=True, kernel_name="python3",
                                      resources={"metadata": {"path": str(folder)}})

@@ -139,7 +139,8 @@ sys.exit(run.main(sys.argv[1:]))
     (["--batch-size", "20000"], "smaller --batch-size (now 20000) or network (--channels, --blocks)"),
     (["--mode", "sample", "--checkpoint", "pretrained", "--num-images", "1000000"], "smaller --num-images")])
 def test_memory_that_is_used_up_is_one_line(arguments: list[str], advice: str, tmp_path: Path) -> None:
-    flags = arguments if "sample" in arguments else [*arguments, "--dataset", "generated", "--name", "large"]
+    flags = arguments if "sample" in arguments else [*arguments, "--mode", "train", "--dataset", "generated",
+                                                               "--name", "large"]
     process = subprocess.run([sys.executable, "-c", LIMITED, *flags, "--device", "cpu"], cwd=tmp_path, text=True,
                              capture_output=True, env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=300)
     assert process.returncode == 2, process.stderr[-2000:]

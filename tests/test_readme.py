@@ -58,9 +58,9 @@ def changed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_each_idea_can_be_trained_and_sampled_from(changed: Path) -> None:
-    flags = ["--schedule", "sigmoid", "--weighting", "soft-min-snr", "--block", "light", "--sampler", "renoise",
-             "--minutes", "0.02", "--name", "mine-0", "--dataset", "generated", "--preview", "0", "--steps", "3",
-             "--num-images", "4", *TINY]
+    flags = ["--mode", "train", "--schedule", "sigmoid", "--weighting", "soft-min-snr", "--block", "light",
+             "--sampler", "renoise", "--minutes", "0.02", "--name", "mine-0", "--dataset", "generated",
+             "--preview", "0", "--steps", "3", "--num-images", "4", *TINY]
     process = subprocess.run([sys.executable, "run.py", *flags], cwd=changed, capture_output=True, text=True)
     assert process.returncode == 0, process.stderr[-2000:]
     state = checkpoint.load(changed / "checkpoints/mine-0/last.safetensors")

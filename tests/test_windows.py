@@ -9,8 +9,8 @@ import pytest
 
 from tests.conftest import ROOT, TINY
 
-RUN = ["--dataset", "generated", "--minutes", "0.01", "--preview", "10", "--device", "cpu", *TINY, "--steps", "2",
-       "--num-images", "16", "--name", "mine"]
+RUN = ["--mode", "train", "--dataset", "generated", "--minutes", "0.01", "--preview", "10", "--device", "cpu", *TINY,
+       "--steps", "2", "--num-images", "16", "--name", "mine"]
 # Packages choose their own ways for each system, so they are imported first.
 PREAMBLE = """
 import getpass, os, platform, signal, sys
@@ -52,6 +52,6 @@ def test_training_and_sampling_without_what_windows_lacks(tmp_path: Path) -> Non
 @pytest.mark.parametrize("flag, variable", [((), {"PYTHONSAFEPATH": "1"}), (("-I",), {})])
 def test_python_that_leaves_out_the_scripts_folder(flag: tuple[str, ...], variable: dict[str, str],
                                                    tmp_path: Path) -> None:
-    process = subprocess.run([sys.executable, *flag, str(ROOT / "run.py"), "--epochs", "0"], cwd=tmp_path, text=True,
-                             capture_output=True, env={**os.environ, **variable})
+    process = subprocess.run([sys.executable, *flag, str(ROOT / "run.py"), "--mode", "train", "--epochs", "0"],
+                             cwd=tmp_path, text=True, capture_output=True, env={**os.environ, **variable})
     assert process.returncode == 2 and process.stderr.startswith("error: --epochs 0")
