@@ -152,7 +152,7 @@ def made_by_amd() -> bool:
 
 
 def keep_freed_memory() -> None:
-    """Tells glibc to keep freed memory: else each training step gets 30 MB anew, page by page, a tenth of its time."""
+    """Tells glibc to keep freed memory: else a training step may get 100 MB anew, page by page, a tenth of its time."""
     with contextlib.suppress(OSError, TypeError, AttributeError):  # where there is no glibc
         libc = ctypes.CDLL(None)
         libc.mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD, by malloc.h
