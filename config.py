@@ -127,7 +127,7 @@ class Config:
     runs: Annotated[tuple[str, str] | None, tyro.conf.arg(metavar="A B", help_behavior_hint="")] = None
     # experiment: the flags of each change, such as "--schedule linear" or "--focus 0" "--focus 0.35"
     change: Changes = ()
-    trainings: Annotated[int, Ge(2), Le(100)] = 4  # experiment: of the baseline and of each change, from --seed on
+    trainings: Annotated[int, Ge(2), Le(100)] = 4  # experiment: of each recipe, the unchanged one too, from --seed on
     seed: Annotated[int, Ge(0), Lt(2**63)] = 0  # every random number follows from it
     device: Device = "auto"  # cuda, cuda:1, mps, cpu, or auto: the first of these that is available
     precision: Precision = "auto"  # auto: bf16 where the device is fast at it; a resumed run trains on as it began

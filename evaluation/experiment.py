@@ -29,31 +29,32 @@ from training.loop import run_training
 from training.optimizer import progress
 from training.state import Diverged, new_state
 
-BASELINE = "baseline"  # the recipe of the flags outside --change
+UNCHANGED = "unchanged"  # the recipe of the flags outside --change
 BUSY = 0.9  # of the images a second of the fastest training of a side; below, something else took the machine's time
 
 
 class Training(NamedTuple):
     """One training of an experiment."""
 
-    recipe: str  # "baseline", or the flags of a change
+    recipe: str  # "unchanged", or the flags of a change
     config: Config  # with its seed and its name
     done: float  # the part that is done as the experiment starts, 0 to 1
 
 
 def main(config: Config, runtime: Runtime) -> int:
-    """Trains what is missing and compares each change with the baseline; returns 128 + n after stop signal n."""
+    """Trains what is missing, compares each change with the unchanged recipe, and returns 128 + n after signal n."""
     if not config.change:
         raise UserError('--mode experiment: say what to change, such as --change "--schedule linear"')
     code.note_edits(runtime.say)
     config = selection.settle(config, runtime)
     config = replace(config, precision=runtime.precision,
                      train=replace(config.train, preview=0, fresh=False, same_code=False))
-    recipes = {BASELINE: config}
+    recipes = {UNCHANGED: config}
     for flags in config.change:
         recipe = changed(flags, config)
         if same := [name for name in recipes if settings.stored(recipes[name]) == settings.stored(recipe)]:
-            raise UserError(f"--change '{flags}': {same[0]} has these values already; change something")
+            recipe_name = "the unchanged recipe" if same[0] == UNCHANGED else same[0]
+            raise UserError(f"--change '{flags}': {recipe_name} has these values already; change something")
         recipes[flags] = recipe
     data = loading.load_both(config, runtime)
     starts = {}
@@ -83,8 +84,8 @@ def main(config: Config, runtime: Runtime) -> int:
             runtime.say(f"  It failed: {error}.")
     sides = load_sides([training for training in plan if training.config.name not in failed], recipes, runtime)
     if len(sides) < 2:
-        raise UserError("nothing is left to compare: that takes two finished trainings of the baseline and of a "
-                        "change; try a lower --lr, or --precision fp32")
+        raise UserError("nothing is left to compare: that takes two finished trainings of the unchanged recipe and of "
+                        "a change; try a lower --lr, or --precision fp32")
     deciding = compare(sides, config, runtime, *data, introduction=lambda a, b: [
         "", *settings_differences(a, b), *fairness(a, b)])
     for path in runtime.on_rank0(lambda: summarize(sides, deciding) if len(deciding) > 1 else []):
@@ -113,7 +114,7 @@ def make_plan(recipes: dict[str, Config], runtime: Runtime, starts: dict[str, st
     count, what it runs on.
     """
     plan = []
-    for turn in range(recipes[BASELINE].trainings):
+    for turn in range(recipes[UNCHANGED].trainings):
         for recipe in list(recipes) if turn % 2 == 0 else reversed(recipes):
             config = replace(recipes[recipe], seed=recipes[recipe].seed + turn)
             config = replace(config, name=run_name(config, starts[recipe]))
@@ -152,16 +153,16 @@ def minutes_left(missing: Sequence[Training], seconds: Sequence[float]) -> str:
 
 
 def load_sides(trainings: Sequence[Training], recipes: dict[str, Config], runtime: Runtime) -> list[Side]:
-    """The baseline, and the changes of which two trainings or more came to an end; says what failed."""
-    sides, most = [], recipes[BASELINE].trainings
+    """The unchanged recipe, and the changes of which two trainings or more came to an end; says what failed."""
+    sides, most = [], recipes[UNCHANGED].trainings
     for name in recipes:
         paths = [selection.run_path(str(training.config.name)) for training in trainings if training.recipe == name]
         if len(paths) < most:
             runtime.say(f"{name}: {most - len(paths)} of {most} trainings failed"
                         f"{', so it is not compared' * (len(paths) < 2)}.")
         if len(paths) > 1:
-            sides.append(make_side(name, paths, recipes[BASELINE], runtime))
-    return sides if sides and sides[0].name == BASELINE else []
+            sides.append(make_side(name, paths, recipes[UNCHANGED], runtime))
+    return sides if sides and sides[0].name == UNCHANGED else []
 
 
 def fairness(a: Side, b: Side) -> list[str]:
@@ -191,4 +192,4 @@ def summarize(sides: Sequence[Side], deciding: Sequence[Difference]) -> list[Pat
     folder = make_folder(results_folder(sides, len(sides[0].requests[0].labels)))
     return write_results(folder, {
         "experiment.json": lambda path: write_json(path, content),
-        "experiment.png": lambda path: plots.save_intervals(path, rows, {"baseline": sides[0].models[0].digest})})
+        "experiment.png": lambda path: plots.save_intervals(path, rows, {UNCHANGED: sides[0].models[0].digest})})

@@ -126,7 +126,7 @@ def test_a_resumed_run_shows_its_own_speed_and_the_time_that_remains(monkeypatch
 
 def test_an_experiment_says_for_how_long_it_trains() -> None:
     def to_go(flags: str, trainings: int, seconds: list[float], done: float = 0.0) -> str:
-        return minutes_left([Training("baseline", parse(flags.split()), done)] * trainings, seconds)
+        return minutes_left([Training("unchanged", parse(flags.split()), done)] * trainings, seconds)
 
     assert to_go("--minutes 5", 4, []) == "; about 20 minutes of training to go"
     assert to_go("--minutes 0.05", 2, [], 0.5) == "; about 1 minute of training to go", "never 0"

@@ -67,8 +67,9 @@ def test_an_experiment_end_to_end(flags: list[str], capsys: Capture, monkeypatch
     output = capsys.readouterr().out
     assert "2 recipes, 2 trainings of each; the first training shows" in output
     order = re.findall(r"Training \d of 4: (.*), seed (\d)", output)
-    assert order == [("baseline", "0"), ("--optimizer adamw", "0"), ("--optimizer adamw", "1"), ("baseline", "1")]
-    assert "compared: baseline (2) --optimizer adamw (2)" in output and len(list(RUNS.iterdir())) == 4
+    assert order == [("unchanged", "0"), ("--optimizer adamw", "0"), ("--optimizer adamw", "1"),
+                     ("unchanged", "1")]
+    assert "compared: unchanged (2) --optimizer adamw (2)" in output and len(list(RUNS.iterdir())) == 4
 
     assert main([*flags, "--change", "--optimizer adamw", "--focus 0"]) == 0  # it reuses four trainings of six
     output = capsys.readouterr().out
@@ -95,7 +96,7 @@ def test_an_interrupted_experiment_goes_on_where_it_stopped(own_folder: Path) ->
     output = program.finish(128 + signal.SIGINT)
     assert "Stopped. Run the same command again to resume the experiment." in output
     output = start(own_folder, *flags, changes=quick).finish()
-    assert "1 of 4 are finished" in output and "compared: baseline (2) --optimizer adamw (2)" in output
+    assert "1 of 4 are finished" in output and "compared: unchanged (2) --optimizer adamw (2)" in output
     assert len(list((own_folder / RUNS).iterdir())) == 4
 
 
@@ -113,7 +114,7 @@ def test_two_processes_make_one_experiment(own_folder: Path) -> None:
     (["--change", "--sheddule linear"], "--change '--sheddule linear': Unrecognized options: --sheddule"),
     (["--change", "--schedule"], "--change '--schedule'"),
     (["--change", "schedule linear"], "--change 'schedule linear': Unrecognized options"),
-    (["--change", f"--lr {Config().train.lr}"], "': baseline has these values already"),
+    (["--change", f"--lr {Config().train.lr}"], "': the unchanged recipe has these values already"),
     (["--change", "--focus 0", "--focus 0.0"], "--change '--focus 0.0': --focus 0 has these values already"),
     (["--change", "--lr '2"], "--change '--lr '2': No closing quotation"),
     (["--change", "--steps 5"], "--change '--steps 5': steps is no part of a recipe"),
@@ -167,9 +168,9 @@ def test_a_name_follows_from_settings_code_and_images(monkeypatch: pytest.Monkey
 
 def test_the_sides_take_turns(own_folder: Path) -> None:
     config = config_of("--trainings", "4", "--seed", "7", *ADAMW)
-    recipes = {"baseline": config, "b": changed("--optimizer adamw", config)}
-    plan = make_plan(recipes, CPU, {"baseline": "data", "b": "data"}, len(FEW["train"]))
-    assert "".join(training.recipe[-1] for training in plan) == "ebbeebbe"  # the end of "baseline", and b
+    recipes = {"unchanged": config, "b": changed("--optimizer adamw", config)}
+    plan = make_plan(recipes, CPU, {"unchanged": "data", "b": "data"}, len(FEW["train"]))
+    assert "".join(training.recipe[-1] for training in plan) == "dbbddbbd"  # the end of "unchanged", and b
     assert [training.config.seed for training in plan] == [7, 7, 8, 8, 9, 9, 10, 10]
     assert len({training.config.name for training in plan}) == 8 and {training.done for training in plan} == {0.0}
 
@@ -177,9 +178,9 @@ def test_the_sides_take_turns(own_folder: Path) -> None:
 def test_the_time_that_is_left() -> None:
     timed, counted = (replace(config_of(*ADAMW), train=replace(Config().train, minutes=minutes))
                       for minutes in (5, None))
-    plan = [Training("baseline", timed, 0.0), Training("b", timed, 0.4)]
+    plan = [Training("unchanged", timed, 0.0), Training("b", timed, 0.4)]
     assert "about 8 minutes" in minutes_left(plan, [])
-    plan = [Training("baseline", counted, 0.0)] * 3
+    plan = [Training("unchanged", counted, 0.0)] * 3
     assert "the first training shows" in minutes_left(plan, []) and "about 6 minutes" in minutes_left(plan, [60, 180])
     assert minutes_left([], [60]) == ""
 
@@ -197,7 +198,7 @@ def test_a_training_that_fails_is_a_result(flags: list[str], monkeypatch: pytest
     assert output.count("It failed: the loss was not finite.") == 4
     assert "--optimizer adamw: 3 of 3 trainings failed, so it is not compared." in output
     assert "--focus 0: 1 of 3 trainings failed.\n" in output
-    assert "compared: baseline (3) --focus 0 (2)\n" in output
+    assert "compared: unchanged (3) --focus 0 (2)\n" in output
     assert main([*flags, *ADAMW]) == 2
     assert "error: nothing is left to compare" in capsys.readouterr().err
 
