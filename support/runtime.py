@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import functools
 import getpass
+import importlib
 import os
 import platform
 import re
@@ -19,10 +20,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-
-# Imported while there is a process group, it would keep that alive by its default arguments, and a thread of gloo that
-# outlives Python aborts the process.
-import torch.distributed.nn
 
 from config import Config, Precision, UserError
 from support import console
@@ -108,6 +105,9 @@ def start(config: Config) -> Iterator[Runtime]:
     if place.world == 1 and os.environ.get("WORLD_SIZE", "1") != "1":
         runtime.say("note: WORLD_SIZE is set, but not all that torchrun sets, so this is a process of its own.")
     if place.world > 1:
+        # Imported while there is a process group, this would keep that alive by its default arguments, and a thread of
+        # gloo that outlives Python aborts the process.
+        importlib.import_module("torch.distributed.nn")
         # NCCL moves tensors on GPUs; gloo carries the small Python objects, and everything on CPUs.
         backend = "cuda:nccl,cpu:gloo" if runtime.device.type == "cuda" else "gloo"
         # Not torch's minutes: the others wait while the first one trains a classifier, measures, or tries to save.
