@@ -16,10 +16,10 @@ import pytest
 import torch
 
 import training.loop
-from config import TrainConfig
+from config import TrainConfig, UserError
 from evaluation.classifier import Classifier
 from run import main
-from support import checkpoint, plots, runtime
+from support import checkpoint, plots, runtime, settings
 from tests.conftest import ROOT, TINY, write_set
 from tests.processes import assert_same, learned, nothing, start, start_ranks
 from training.step import Learner
@@ -167,6 +167,15 @@ def test_all_kinds_of_used_up_memory(error: Exception, said: str | None, own_fol
         assert main(flags) == 2
         line = capsys.readouterr().err
         assert line.startswith("error: not enough memory") and said in line and line.count("\n") == 1
+
+
+@pytest.mark.parametrize("mode, advice", [(["train"], "--batch-size"), (["evaluate"], "--num-images"),
+                                          (["experiment", "--change", "--focus 0"], "--batch-size")])
+def test_what_to_do_about_used_up_memory_depends_on_what_takes_it(mode: list[str], advice: str) -> None:
+    config = settings.parse(["--mode", *mode])
+    with pytest.raises(UserError, match=f"use a smaller {advice}"), runtime.memory_errors(
+            config, runtime.make_runtime(config)):
+        raise MemoryError
 
 
 # Waiting, and thin logs
